@@ -1,0 +1,126 @@
+"""What a policy is told, what it may keep, and what it must answer.
+
+A policy is a `NamedTuple` of NumPy arrays and numbers with ordinary methods: a pure state machine
+without clock, device or I/O. Its methods use only array elements, numbers and the functions of
+`policies.order`, so that the same text runs as plain Python and can be compiled.
+
+Every policy class has a classmethod `build(setting, **parameters)`; the parameters are the keys of its
+YAML. The class attribute `NEEDS` names what it cannot do without:
+
+``lookahead``  the trace's cross-layer gate observations
+``logits``     the trace's router logits
+``future``     what the router will choose (oracles and bounds; no real system has it)
+
+The axes, and the methods of each:
+
+predictor
+    ``observe(seen)``                        learn from one event (optional)
+    ``predict(seen, ahead, ids, scores)``    write the experts expected `ahead` layers after the event just
+                                             seen, best first, and return how many; 0 says "no prediction"
+prefetch
+    ``depth``                                how many layers ahead it asks for
+    ``take(scores, count, tokens)``          how many of the `count` ranked experts to fetch
+eviction
+    ``on_miss(key, pool, now)``              a routed expert is absent; called before room is made (optional)
+    ``on_insert(key, pool, now)``            the expert took a slot: its load starts
+    ``on_hit(key, pool, now)``               a routed expert was resident or in flight when its event started
+    ``on_evict(key, pool, now)``             the expert lost its slot
+    and one of
+    ``score(key, now)``                      the lowest leaves, of equals the one inserted first; written so that
+                                             `key` may be one key or an array of keys
+    ``victim(pool, holds, limit, now)``      the key that leaves, or -1: only keys with ``holds[key] < limit`` may
+allocation
+    ``divide(slots, layers, experts, top_k)``  the pool of every layer and the slots of every pool
+miss
+    ``action(key, now)``                     what a miss does: `LOAD`
+
+An **expert key** is ``layer * experts + expert``. `now` is the running number of the event (step * layers +
+layer), the only clock a policy has. A **pool** is a set of slots that compete: one for the whole device,
+or one per layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+LOAD = 0
+"""Miss action: transfer the expert over the link and wait for it."""
+
+CAPABILITIES = ("lookahead", "logits", "future")
+"""What a policy may declare in `NEEDS`."""
+
+
+class Seen(NamedTuple):
+    """One event as a real system sees it, right after the router of its layer ran.
+
+    Arrays that the trace lacks have zero rows. Expert ids are -1 where a token used fewer than K.
+    """
+
+    event: int
+    """Running number of the event: step * layers + layer."""
+    layer: int
+    experts: npt.NDArray[np.integer]
+    """[n, K] routed experts of the n tokens, descending weight."""
+    weights: npt.NDArray[np.floating]
+    """[n, K] their gate weights."""
+    request: npt.NDArray[np.integer]
+    """[n] the request of each token."""
+    lookahead_experts: npt.NDArray[np.integer]
+    """[n, D, M] ranked experts by the gate of layer + d + 1 on this layer's gate input; -1 is none."""
+    lookahead_scores: npt.NDArray[np.floating]
+    """[n, D, M] their probabilities."""
+    router_logits: npt.NDArray[np.floating]
+    """[n, E] logits of this layer's own gate."""
+
+
+class Future(NamedTuple):
+    """What the router will choose; only policies with ``future`` in `NEEDS` receive it.
+
+    Event i needs ``keys[offsets[i]:offsets[i + 1]]``; ``following`` holds, at the same places, the next event that
+    needs the key again, and ``first[key]`` the first event that needs it (`NEVER` where there is none).
+    """
+
+    offsets: Ints
+    keys: Ints
+    following: Ints
+    first: Ints
+
+
+NEVER = np.iinfo(np.int64).max
+"""An event that does not come."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a policy knows when it is built: shapes, sizes and its seed, but nothing of the trace's course."""
+
+    layers: int
+    experts: int
+    top_k: int
+    pool_of: Ints
+    """[layers] the pool that holds each layer's experts."""
+    capacity: Ints
+    """[pools] slots of each pool."""
+    seed: int
+    layer_ns: int
+    """Time of one decode layer when nothing is waited for, as a system would measure it beforehand."""
+    transfer_ns: int
+    """Time to bring one expert over the link, measured likewise."""
+    future: Future | None = None
+
+    @property
+    def keys(self) -> int:
+        """Number of expert keys."""
+        return self.layers * self.experts
+
+    @property
+    def pools(self) -> int:
+        """Number of pools."""
+        return len(self.capacity)

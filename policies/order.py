@@ -1,0 +1,83 @@
+"""Queues of expert keys as arrays: the building block of list-based eviction policies.
+
+Several queues share one `Order`; a key stands in at most one of them. All operations are O(1) but
+`oldest_free`, which walks past keys that may not leave.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from policies.contract import Ints
+
+
+class Order(NamedTuple):
+    """Doubly linked queues over `keys` expert keys; queue q has the sentinel node ``keys + q``."""
+
+    newer: Ints
+    older: Ints
+    queue: Ints
+    """[keys] the queue that a key stands in, -1 for none."""
+    length: Ints
+    """[queues] how many keys stand in each."""
+
+
+def make_order(keys: int, queues: int) -> Order:
+    """Return `queues` empty queues over `keys` keys."""
+    links = np.arange(keys + queues, dtype=np.int64)
+    return Order(links, links.copy(), np.full(keys, -1, np.int64), np.zeros(queues, np.int64))
+
+
+def append(order: Order, queue: int, key: int) -> None:
+    """Put `key`, which stands in no queue, at the newest end of `queue`."""
+    end = len(order.queue) + queue
+    last = order.older[end]
+    order.newer[last] = key
+    order.older[key] = last
+    order.newer[key] = end
+    order.older[end] = key
+    order.queue[key] = queue
+    order.length[queue] += 1
+
+
+def remove(order: Order, key: int) -> None:
+    """Take `key` out of the queue that it stands in."""
+    before = order.older[key]
+    after = order.newer[key]
+    order.newer[before] = after
+    order.older[after] = before
+    order.length[order.queue[key]] -= 1
+    order.queue[key] = -1
+
+
+def renew(order: Order, key: int) -> None:
+    """Move `key` to the newest end of the queue that it stands in."""
+    before = order.older[key]
+    after = order.newer[key]
+    end = len(order.queue) + order.queue[key]
+    if after == end:
+        return
+    order.newer[before] = after
+    order.older[after] = before
+    last = order.older[end]
+    order.newer[last] = key
+    order.older[key] = last
+    order.newer[key] = end
+    order.older[end] = key
+
+
+def oldest(order: Order, queue: int) -> int:
+    """Return the oldest key of `queue`, or -1 where it is empty."""
+    key = order.newer[len(order.queue) + queue]
+    return key if key < len(order.queue) else -1
+
+
+def oldest_free(order: Order, queue: int, holds: Ints, limit: int) -> int:
+    """Return the oldest key of `queue` that may leave (``holds[key] < limit``), or -1."""
+    keys = len(order.queue)
+    key = order.newer[keys + queue]
+    while key < keys and holds[key] >= limit:
+        key = order.newer[key]
+    return key if key < keys else -1
