@@ -1,0 +1,71 @@
+"""Which experts hold the slots of the device: the bookkeeping that both engines and the executor share.
+
+A slot is taken when a load starts, not when it ends. Who leaves is the eviction policy's choice among the
+experts that may leave; what may leave is decided here, by how firmly each expert is held.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from policies.contract import Setting
+
+FREE, AWAITED, HELD = 0, 1, 2
+"""How firmly a resident is held: it may leave; it was prefetched and its event is still to come; it is in flight or
+the current event needs it."""
+
+
+class Residency:
+    """Slots, pools and their residents, with every change reported to the eviction policy."""
+
+    def __init__(self, eviction: Any, setting: Setting) -> None:
+        self.eviction = eviction
+        self.pool_of_key = np.repeat(setting.pool_of, setting.experts).tolist()
+        """Pool of every key, by key."""
+        self.capacity = setting.capacity.tolist()
+        """Slots of every pool."""
+        self.residents: list[dict[int, None]] = [{} for _ in self.capacity]
+        """Keys that hold a slot, by pool, in the order in which they took it."""
+        self.holds = np.zeros(setting.keys, np.int64)
+        """How firmly every key is held: FREE, AWAITED or HELD; meaningless for keys without a slot."""
+        self.on_miss = getattr(eviction, "on_miss", _nothing)
+        self._victim = eviction.victim if hasattr(eviction, "victim") else self._lowest_score
+
+    def __contains__(self, key: int) -> bool:
+        return key in self.residents[self.pool_of_key[key]]
+
+    def victim(self, pool: int, now: int, limit: int = HELD) -> int:
+        """Return the key that `pool` gives up, or -1 where every resident is held at `limit` or above."""
+        return int(self._victim(pool, self.holds, limit, now))
+
+    def evict(self, key: int, now: int) -> None:
+        """Take the slot of `key` away."""
+        pool = self.pool_of_key[key]
+        del self.residents[pool][key]
+        self.eviction.on_evict(key, pool, now)
+
+    def insert(self, key: int, now: int, hold: int = HELD) -> None:
+        """Give `key` a slot; its pool may overflow (untimed replay), the caller sees to that."""
+        pool = self.pool_of_key[key]
+        self.holds[key] = hold
+        self.residents[pool][key] = None
+        self.eviction.on_insert(key, pool, now)
+
+    def is_full(self, pool: int) -> bool:
+        """Whether `pool` has no slot to give."""
+        return len(self.residents[pool]) >= self.capacity[pool]
+
+    def _lowest_score(self, pool: int, holds: Any, limit: int, now: int) -> int:
+        """Choose for a policy that scores: the lowest leaves, of equals the one that took its slot first."""
+        residents = self.residents[pool]
+        keys = np.fromiter(residents, np.int64, len(residents))
+        keys = keys[holds[keys] < limit]
+        if len(keys) == 0:
+            return -1
+        return int(keys[np.argmin(self.eviction.score(keys, now))])
+
+
+def _nothing(key: int, pool: int, now: int) -> None:
+    """Stand in for an optional method that a policy does not have."""
