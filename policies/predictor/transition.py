@@ -1,0 +1,59 @@
+"""A table of which experts followed which."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from policies.contract import Floats, Ints, Seen, Setting
+from policies.ranking import note_seen, rank
+
+
+class Transition(NamedTuple):
+    """Expect the experts that followed, `ahead` layers later, those that this layer just used.
+
+    A first-order table of expert pairs counted while running, as look-up-table predictors build it offline
+    (EdgeMoE, arXiv 2308.14352, keys its dictionary by two layers; one layer is kept here). With several tokens in a step
+    the pairs are counted over the shares of tokens that used each expert. The table does not reach over the end of a
+    step, so layer 0 is never predicted.
+    """
+
+    pairs: Floats
+    """[reach, L, E, E] how often the second expert was used at layer l + reach + 1 when the first was at layer l."""
+    share: Floats
+    """[L, E] share of the running step's tokens that use each expert."""
+    seen_at: Ints
+    """[L, E] when each expert was routed last."""
+
+    @classmethod
+    def build(cls, setting: Setting, reach: int = 1) -> Transition:
+        """Start with an empty table for predictions up to `reach` layers ahead."""
+        shape = (setting.layers, setting.experts)
+        return cls(np.zeros((reach, *shape, setting.experts)), np.zeros(shape), np.zeros(shape, np.int64))
+
+    def observe(self, seen: Seen) -> None:  # noqa: D102
+        layer = seen.layer
+        share = self.share[layer]
+        share[:] = 0.0
+        for expert in seen.experts.ravel():
+            if expert >= 0:
+                share[expert] += 1.0 / len(seen.experts)
+        for ahead in range(1, min(len(self.pairs), layer) + 1):
+            now_used = np.flatnonzero(share)
+            for before in np.flatnonzero(self.share[layer - ahead]):
+                row = self.pairs[ahead - 1, layer - ahead, before]
+                row[now_used] += self.share[layer - ahead, before] * share[now_used]
+        note_seen(self.seen_at[layer], seen.experts, seen.event)
+
+    def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102
+        layer = seen.layer
+        if ahead > len(self.pairs) or layer + ahead >= len(self.share):
+            return 0
+        expected = np.zeros(self.share.shape[1])
+        for before in np.flatnonzero(self.share[layer]):
+            row = self.pairs[ahead - 1, layer, before]
+            total = np.sum(row)
+            if total > 0:
+                expected += self.share[layer, before] * row / total
+        return rank(expected, self.seen_at[layer + ahead], ids, scores)

@@ -1,0 +1,22 @@
+"""A fixed number of experts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from policies.contract import Floats, Setting
+
+
+class TopN(NamedTuple):
+    """Fetch the `n` best predictions for every token of the step, `depth` layers ahead."""
+
+    depth: int
+    n: int
+
+    @classmethod
+    def build(cls, setting: Setting, n: int | None = None, depth: int = 1) -> TopN:
+        """`n` experts per token (the model's top-k where not given)."""
+        return cls(depth, setting.top_k if n is None else n)
+
+    def take(self, scores: Floats, count: int, tokens: int) -> int:  # noqa: D102
+        return min(count, self.n * tokens)

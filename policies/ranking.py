@@ -1,0 +1,29 @@
+"""Turn scores per expert into a ranking, with ties broken by what was seen, never by an expert's number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from policies.contract import Floats, Ints
+
+
+def rank(by_expert: Floats, seen_at: Ints, ids: Ints, scores: Floats) -> int:
+    """Write the experts whose score is above 0 into `ids` and `scores`, best first, and return how many.
+
+    `by_expert` [E] are the scores; of equal ones the expert with the larger `seen_at` [E] comes first.
+    """
+    order = np.argsort(-seen_at, kind="mergesort")
+    order = order[np.argsort(-by_expert[order], kind="mergesort")]
+    count = int(np.sum(by_expert > 0))
+    ids[:count] = order[:count]
+    scores[:count] = by_expert[order[:count]]
+    return count
+
+
+def note_seen(seen_at: Ints, experts: Ints, event: int) -> None:
+    """Mark `experts` (any shape, -1 is none) as seen at `event`; of one event, those listed first rank higher."""
+    moment = (event + 1) << 20  # leaves room for a million routed experts in one event
+    for expert in experts.ravel()[::-1]:
+        if expert >= 0:
+            seen_at[expert] = moment
+            moment += 1
