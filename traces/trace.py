@@ -63,7 +63,7 @@ class Trace:
     domains: tuple[str, ...]
     """Domain of each request, indexed by request id; "" where unknown."""
     experts: Array
-    """[T, L, K] int8 (E <= 128) or int16. Routed expert ids, descending weight; -1 where a token used fewer."""
+    """[T, L, K] int8 (E <= 128) or int16. Routed ids, descending weight; -1 where a token used fewer."""
     weights: Array
     """[T, L, K] float16 or float32. Gate weights as the model applied them; 0 where there is no expert."""
     request: Array
@@ -79,13 +79,13 @@ class Trace:
     router_logits: Array | None = None
     """[T, L, E] float16 or float32."""
     lookahead_experts: Array | None = None
-    """[T, L, D, M] as `experts`. Entry d - 1 ranks experts by the gate of layer l + d on layer l's gate input."""
+    """[T, L, D, M] as `experts`. Entry d - 1 ranks by the gate of layer l + d on layer l's gate input."""
     lookahead_scores: Array | None = None
     """[T, L, D, M] float16. Their probabilities over all E experts; 0 where there is no expert."""
     expert_output_norm: Array | None = None
     """[T, L, K] float16 or float32. L2 norm of each routed expert's unweighted output."""
     residual_cosine: Array | None = None
-    """[T, L] float16 or float32. Cosine of the residual stream before and after the routed experts are added."""
+    """[T, L] float16 or float32. Cosine of the residual stream before and after the routed experts' sum."""
     hash: str = ""
     """sha256 over arrays and metadata; "" for a trace that was never written or read."""
 
@@ -97,7 +97,7 @@ class Trace:
     @property
     def steps(self) -> int:
         """Number of forward passes."""
-        return int(len(np.unique(self.step)))
+        return len(np.unique(self.step))
 
     @property
     def is_synthetic(self) -> bool:
@@ -105,6 +105,6 @@ class Trace:
         return self.provenance.kind == "synthetic"
 
     def capabilities(self) -> frozenset[str]:
-        """Return what policies may need of this trace: ``lookahead``, ``logits`` (see `policies.contract`)."""
+        """Return what policies may need of this trace: ``lookahead``, ``logits`` (`policies.contract`)."""
         found = {"lookahead": self.lookahead_experts, "logits": self.router_logits}
         return frozenset(name for name, array in found.items() if array is not None)

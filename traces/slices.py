@@ -1,0 +1,82 @@
+"""Parts of a trace: some requests, or the first so many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from traces.checks import present_arrays
+from traces.errors import InputError
+from traces.trace import Provenance, Trace
+
+
+def slice_requests(trace: Trace, requests: Sequence[int]) -> Trace:
+    """Return the part of `trace` that belongs to `requests`, in the trace's own order of tokens.
+
+    The i-th of `requests` becomes request i, and the steps that are left are numbered from 0. Arrays are
+    views where the tokens lie together. The part has no hash of its own; its provenance names the whole.
+
+    Raises `InputError` for a request that is not there, is named twice, or when none is named.
+    """
+    chosen = np.asarray(requests, dtype=np.int64)
+    if chosen.size == 0:
+        raise InputError("requests: none is named; name at least one request to keep")
+    there = set(np.unique(trace.request).tolist())
+    for request in chosen.tolist():
+        if request not in there:
+            raise InputError(f"requests: {request} has no tokens in this trace; it has {len(there)} requests")
+    if len(np.unique(chosen)) != chosen.size:
+        raise InputError(f"requests: {list(requests)} names a request twice; each may be named once")
+    return _part(trace, np.flatnonzero(np.isin(trace.request, chosen)), chosen)
+
+
+def take_tokens(trace: Trace, count: int) -> Trace:
+    """Return the first requests of `trace` that make `count` tokens, the last one cut to fit.
+
+    A trace of at most `count` tokens is returned as it is. Otherwise as `slice_requests`, the requests
+    being those that begin first.
+
+    Raises `InputError` when `count` is less than 1.
+    """
+    if count < 1:
+        raise InputError(f"count: {count} tokens; take at least 1")
+    if trace.tokens <= count:
+        return trace
+    found, first = np.unique(trace.request, return_index=True)
+    in_order = found[np.argsort(first)].astype(np.int64)
+    lengths = np.bincount(trace.request)[in_order]
+    needed = int(np.searchsorted(np.cumsum(lengths), count)) + 1
+    chosen = in_order[:needed]
+    rows = np.flatnonzero(np.isin(trace.request, chosen))
+    of_last = np.flatnonzero(trace.request[rows] == chosen[-1])
+    surplus = len(rows) - count
+    return _part(trace, np.delete(rows, of_last[len(of_last) - surplus :]), chosen)
+
+
+def _part(trace: Trace, rows: npt.NDArray[np.int64], requests: npt.NDArray[np.int64]) -> Trace:
+    """Return the tokens `rows`; the i-th of `requests` becomes request i."""
+    together = int(rows[-1]) - int(rows[0]) + 1 == len(rows)
+    pick = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
+    arrays: dict[str, Any] = {name: array[pick] for name, array in present_arrays(trace).items()}
+    number = np.full(len(trace.domains), -1, np.int32)
+    number[requests] = np.arange(len(requests), dtype=np.int32)
+    arrays["request"] = number[arrays["request"]]
+    arrays["step"] = np.unique(arrays["step"], return_inverse=True)[1].astype(np.int32)
+    return replace(
+        trace,
+        **arrays,
+        domains=tuple(trace.domains[request] for request in requests.tolist()),
+        provenance=_part_provenance(trace, len(rows), len(requests)),
+        hash="",
+    )
+
+
+def _part_provenance(trace: Trace, tokens: int, requests: int) -> Provenance:
+    # A part of a part names the file that exists, not the part in memory between.
+    whole = trace.hash or trace.provenance.details.get("part_of", {}).get("hash", "")
+    part = {"hash": whole, "tokens": tokens, "requests": requests}
+    return replace(trace.provenance, details={**trace.provenance.details, "part_of": part})
