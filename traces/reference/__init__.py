@@ -1,0 +1,1 @@
+"""How the bundled reference recording was made from the full one."""
