@@ -1,0 +1,159 @@
+"""What everything costs: the only place where a machine and a model meet.
+
+Formulas in words and the constants of every profile: `docs/hardware.md`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from policies.contract import Ints
+from sim.hardware import Hardware
+from traces.errors import InputError, nearest
+from traces.trace import ModelSpec
+
+NS = 10**9
+"""Nanoseconds in a second."""
+
+
+class Costs(NamedTuple):
+    """Integer nanoseconds of everything that the engines need. S steps."""
+
+    host_gate_ns: int
+    """The host issues attention and gate of one layer."""
+    host_experts_ns: int
+    """The host decides and issues the experts of one layer."""
+    host_step_ns: int
+    """Host work once per step."""
+    readout_ns: int
+    """From the end of a gate on the device until the host knows the routed experts."""
+    step_ns: Ints
+    """[S] compute once per step (embedding, head, sampling)."""
+    attention_ns: Ints
+    """[S] compute of one layer's attention, gate and shared experts."""
+    expert_ns: Ints
+    """[most tokens of a step + 1] compute of one routed expert for n tokens; 0 for none."""
+    chunks: int
+    """An expert crosses the link in this many copies."""
+    chunk_ns: int
+    """Link time of every chunk but the last."""
+    last_chunk_ns: int
+    """Link time of the last chunk."""
+    expert_bytes: int
+    """Bytes of one expert."""
+    chunk_bytes: int
+    """Bytes of every chunk but the last."""
+
+
+def make_costs(
+    hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints, precision: str = "bf16"
+) -> Costs:
+    """Return what `model` costs on `hardware` in steps of `tokens` [S] reading `context` [S] tokens.
+
+    Experts are stored, moved and read at `precision`, everything else at bf16. Sizes are per layer and per
+    expert, so the routing may come from a trace with another number of layers than the model's: each of its
+    layers costs what one of the model's does. Raises InputError where the model lacks a size.
+    """
+    hidden_size = _size(model, "hidden_size")
+    expert_width = _size(model, "expert_width")
+    other_bytes = _size(model, "other_bytes")
+    kv_bytes = _size(model, "kv_bytes_per_token")
+    expert_bytes = _expert_bytes(model, precision)
+    chunk_bytes = min(hardware.chunk_bytes, expert_bytes)
+    chunks = _ceil_divide(expert_bytes, chunk_bytes)
+    # Python's whole numbers: bytes times 1e9 leaves 64 bits, and a float could round the wrong way.
+    attention = [
+        max(
+            _ceil_divide(
+                (other_bytes + step_context * kv_bytes) * NS, model.layers * hardware.memory_bandwidth
+            ),
+            # A bf16 parameter has two bytes and costs every token two operations: bytes count both.
+            _ceil_divide(step_tokens * other_bytes * NS, model.layers * hardware.flops),
+        )
+        for step_tokens, step_context in zip(tokens.tolist(), context.tolist(), strict=True)
+    ]
+    read_ns = _ceil_divide(expert_bytes * NS, hardware.memory_bandwidth)
+    operations = 6 * hidden_size * expert_width
+    expert = [
+        hardware.expert_launch_ns + max(read_ns, _ceil_divide(count * operations * NS, hardware.flops))
+        for count in range(1, int(tokens.max(initial=0)) + 1)
+    ]
+    return Costs(
+        host_gate_ns=hardware.gate_issue_ns,
+        host_experts_ns=hardware.expert_issue_ns,
+        host_step_ns=hardware.host_step_ns,
+        readout_ns=hardware.readout_ns,
+        step_ns=np.full(len(tokens), hardware.step_launch_ns, np.int64),
+        attention_ns=np.array(attention, np.int64) + hardware.layer_launch_ns,
+        expert_ns=np.array([0, *expert], np.int64),
+        chunks=chunks,
+        chunk_ns=link_ns(hardware, chunk_bytes),
+        last_chunk_ns=link_ns(hardware, expert_bytes - (chunks - 1) * chunk_bytes),
+        expert_bytes=expert_bytes,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def with_free_link(costs: Costs) -> Costs:
+    """Return the same costs with transfers that take no time: what remains is compute and host."""
+    return costs._replace(chunk_ns=0, last_chunk_ns=0)
+
+
+def transfer_ns(costs: Costs) -> int:
+    """Return how long one expert occupies the link."""
+    return (costs.chunks - 1) * costs.chunk_ns + costs.last_chunk_ns
+
+
+def decode_layer_ns(costs: Costs, top_k: int) -> int:
+    """Return the time of one layer for one token when nothing is waited for.
+
+    From gate to gate: the read-out and the host's decision stand between a gate and its experts, while the
+    host issues the next layer's gate when the experts already run. The context is the shortest of all steps,
+    as a system would see when it measures itself before it serves.
+    """
+    experts_ns = top_k * int(costs.expert_ns[1])
+    attention_ns = int(costs.attention_ns.min())
+    return attention_ns + costs.readout_ns + costs.host_experts_ns + max(experts_ns, costs.host_gate_ns)
+
+
+def link_ns(hardware: Hardware, size: int) -> int:
+    """Return the time of one host-to-device copy of `size` bytes: linear between the points of the curve.
+
+    Below the first point a copy takes as long as there; beyond the last one the last segment goes on.
+    """
+    curve = hardware.h2d
+    if size <= curve[0][0]:
+        return curve[0][1]
+    end = next((index for index, point in enumerate(curve) if size <= point[0]), len(curve) - 1)
+    (from_bytes, from_ns), (to_bytes, to_ns) = curve[end - 1], curve[end]
+    return from_ns + _ceil_divide((size - from_bytes) * (to_ns - from_ns), to_bytes - from_bytes)
+
+
+def _size(model: ModelSpec, name: str) -> int:
+    value: Any = getattr(model, name)
+    if value is None:
+        raise InputError(
+            f"model '{model.name}' does not say its {name}, which timing needs: "
+            "choose one that does with model=NAME"
+        )
+    return int(value)
+
+
+def _expert_bytes(model: ModelSpec, precision: str) -> int:
+    if not model.expert_bytes:
+        raise InputError(
+            f"model '{model.name}' does not say its expert_bytes, which timing needs: "
+            "choose one that does with model=NAME"
+        )
+    if precision not in model.expert_bytes:
+        raise InputError(
+            f"model '{model.name}' has no expert_bytes at precision '{precision}': "
+            f"{nearest(precision, model.expert_bytes)}"
+        )
+    return int(model.expert_bytes[precision])
+
+
+def _ceil_divide(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)

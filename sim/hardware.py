@@ -1,0 +1,241 @@
+"""Hardware profiles and model sizes, read strictly from plain mappings (YAML that is already resolved)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from traces.errors import InputError, nearest
+from traces.trace import ModelSpec
+
+TAGS = ("measured", "datasheet", "assumed")
+"""Where a constant may come from: a measurement, the vendor's figure, or neither."""
+
+CURVE_UNIT = "[bytes, ns]"
+_POSITIVE, _FROM_ZERO = 1, 0
+
+# group -> constant -> (unit, smallest value that makes sense)
+_LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
+    "link": {"h2d": (CURVE_UNIT, _POSITIVE), "chunk_bytes": ("bytes", _POSITIVE)},
+    "compute": {
+        "memory_bandwidth": ("bytes/s", _POSITIVE),
+        "flops": ("flop/s", _POSITIVE),
+        "expert_launch_ns": ("ns", _FROM_ZERO),
+        "layer_launch_ns": ("ns", _FROM_ZERO),
+        "step_launch_ns": ("ns", _FROM_ZERO),
+    },
+    "host": {
+        "readout_ns": ("ns", _FROM_ZERO),
+        "gate_issue_ns": ("ns", _FROM_ZERO),
+        "expert_issue_ns": ("ns", _FROM_ZERO),
+        "step_ns": ("ns", _FROM_ZERO),
+    },
+    "device": {"memory_bytes": ("bytes", _POSITIVE)},
+}
+
+Value = int | tuple[tuple[int, int], ...]
+"""A whole number, or the points of a curve."""
+
+
+class Constant(NamedTuple):
+    """One figure of a profile and where it comes from, as reports print it."""
+
+    name: str
+    """``group.constant``, as in the YAML."""
+    value: Value
+    unit: str
+    tag: str
+    """One of `TAGS`."""
+    source: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine with one GPU: its link, its compute stream, its host thread and its memory.
+
+    Built by `make_hardware`; `docs/hardware.md` says what each constant means and how `sim.costs` uses it.
+    """
+
+    name: str
+    h2d: tuple[tuple[int, int], ...]
+    """Points (bytes, ns) of one host-to-device copy, by rising bytes."""
+    chunk_bytes: int
+    """An expert crosses the link in copies of at most this many bytes."""
+    memory_bandwidth: int
+    """Bytes/s at which kernels read weights."""
+    flops: int
+    """Floating-point operations/s of large bf16 matrix products."""
+    expert_launch_ns: int
+    """Device time of one expert beyond its bytes or flops."""
+    layer_launch_ns: int
+    """Device time of one layer's attention and gate beyond their bytes or flops."""
+    step_launch_ns: int
+    """Device time of a step outside its layers: embedding, head, sampling."""
+    readout_ns: int
+    """From the end of the gate on the device until the host knows the routed experts."""
+    gate_issue_ns: int
+    """Host time to issue attention and gate of one layer."""
+    expert_issue_ns: int
+    """Host time to decide and issue the experts of one layer."""
+    host_step_ns: int
+    """Host time once per step."""
+    memory_bytes: int
+    """Device memory."""
+    constants: tuple[Constant, ...] = ()
+    """Every figure above with its source."""
+
+    def provenance(self) -> list[Constant]:
+        """Return (name, value, unit, tag, source) of every constant, in the order of the YAML."""
+        return list(self.constants)
+
+    def tags(self) -> str:
+        """Return how many constants have which tag, e.g. ``9 measured, 3 assumed``."""
+        count = Counter(constant.tag for constant in self.constants)
+        return ", ".join(f"{count[tag]} {tag}" for tag in TAGS if count[tag])
+
+
+def make_hardware(profile: Mapping[str, Any]) -> Hardware:
+    """Check a profile and return it as `Hardware`.
+
+    A profile has a `name` and the groups ``link``, ``compute``, ``host`` and ``device``; every constant is a
+    mapping of `value`, `unit`, `tag` and `source`. Raises InputError that names the field, its value and what
+    is right.
+    """
+    _same_keys("hardware", profile, ("name", *_LAYOUT))
+    name = _text("hardware.name", profile["name"])
+    constants: dict[str, Constant] = {}
+    for group, layout in _LAYOUT.items():
+        _same_keys(f"hardware.{group}", profile[group], layout)
+        for key, (unit, smallest) in layout.items():
+            constants[f"{group}.{key}"] = _constant(f"{group}.{key}", profile[group][key], unit, smallest)
+
+    def number(of: str) -> int:
+        value = constants[of].value
+        assert isinstance(value, int)
+        return value
+
+    curve = constants["link.h2d"].value
+    assert isinstance(curve, tuple)
+    return Hardware(
+        name=name,
+        h2d=curve,
+        chunk_bytes=number("link.chunk_bytes"),
+        memory_bandwidth=number("compute.memory_bandwidth"),
+        flops=number("compute.flops"),
+        expert_launch_ns=number("compute.expert_launch_ns"),
+        layer_launch_ns=number("compute.layer_launch_ns"),
+        step_launch_ns=number("compute.step_launch_ns"),
+        readout_ns=number("host.readout_ns"),
+        gate_issue_ns=number("host.gate_issue_ns"),
+        expert_issue_ns=number("host.expert_issue_ns"),
+        host_step_ns=number("host.step_ns"),
+        memory_bytes=number("device.memory_bytes"),
+        constants=tuple(constants.values()),
+    )
+
+
+def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> ModelSpec:
+    """Check the sizes of a model and return them as `ModelSpec`.
+
+    ``{"name": "trace"}`` stands for the model that the trace was recorded on, which is `recorded`. Raises
+    InputError that names the field, its value and what is right.
+    """
+    if dict(sizes) == {"name": "trace"}:
+        if recorded is None:
+            raise InputError(
+                "model.name is 'trace', but there is no trace to ask: choose a model with model=NAME"
+            )
+        return recorded
+    required = ("name", "layers", "experts", "top_k")
+    _same_keys("model", sizes, required, [field.name for field in fields(ModelSpec)])
+    found: dict[str, Any] = {"name": _text("model.name", sizes["name"])}
+    for key in ("layers", "experts", "top_k"):
+        found[key] = _whole(f"model.{key}", sizes[key], _POSITIVE)
+    found["shared_experts"] = _whole("model.shared_experts", sizes.get("shared_experts", 0), _FROM_ZERO)
+    for key in ("hidden_size", "expert_width", "other_bytes", "kv_bytes_per_token"):
+        value = sizes.get(key)
+        found[key] = None if value is None else _whole(f"model.{key}", value, _POSITIVE)
+    by_precision = _mapping("model.expert_bytes", sizes.get("expert_bytes") or {})
+    found["expert_bytes"] = {
+        _text("a precision in model.expert_bytes", precision): _whole(
+            f"model.expert_bytes.{precision}", value, _POSITIVE, "bytes"
+        )
+        for precision, value in by_precision.items()
+    }
+    if found["top_k"] > found["experts"]:
+        raise InputError(
+            f"model.top_k is {found['top_k']}: it must be at most the {found['experts']} experts of a layer"
+        )
+    return ModelSpec(**found)
+
+
+def _constant(name: str, entry: Any, unit: str, smallest: int) -> Constant:
+    where = f"hardware.{name}"
+    _same_keys(where, entry, ("value", "unit", "tag", "source"))
+    if entry["unit"] != unit:
+        raise InputError(f"{where}.unit is '{entry['unit']}': it must be '{unit}'")
+    if entry["tag"] not in TAGS:
+        raise InputError(f"{where}.tag is '{entry['tag']}': {nearest(str(entry['tag']), TAGS)}")
+    value: Value = (
+        _curve(f"{where}.value", entry["value"])
+        if unit == CURVE_UNIT
+        else _whole(f"{where}.value", entry["value"], smallest, unit)
+    )
+    return Constant(name, value, unit, entry["tag"], _text(f"{where}.source", entry["source"]))
+
+
+def _curve(where: str, points: Any) -> tuple[tuple[int, int], ...]:
+    """Return the points of a curve; bytes must rise, time must not fall."""
+    if not isinstance(points, (list, tuple)) or len(points) < 2:
+        raise InputError(f"{where} is {points!r}: it must be a list of at least two points {CURVE_UNIT}")
+    curve: list[tuple[int, int]] = []
+    for index, point in enumerate(points):
+        if not isinstance(point, (list, tuple)) or len(point) != 2:
+            raise InputError(f"{where}[{index}] is {point!r}: it must be one point {CURVE_UNIT}")
+        size = _whole(f"{where}[{index}][0]", point[0], _POSITIVE, "bytes")
+        time = _whole(f"{where}[{index}][1]", point[1], _FROM_ZERO, "ns")
+        if curve and size <= curve[-1][0]:
+            raise InputError(
+                f"{where}[{index}][0] is {size}: bytes must rise, and the point before has {curve[-1][0]}"
+            )
+        if curve and time < curve[-1][1]:
+            raise InputError(
+                f"{where}[{index}][1] is {time}: time must not fall, and the point before has {curve[-1][1]}"
+            )
+        curve.append((size, time))
+    return tuple(curve)
+
+
+def _same_keys(where: str, found: Any, required: Any, known: Any = None) -> None:
+    """Raise InputError unless `found` is a mapping with all `required` keys and none but the `known` ones."""
+    keys = _mapping(where, found)
+    known = list(required if known is None else known)
+    for key in keys:
+        if key not in known:
+            raise InputError(f"{where} has no field '{key}': {nearest(str(key), known)}")
+    for key in required:
+        if key not in keys:
+            raise InputError(f"{where}.{key} is missing: {where} needs {', '.join(required)}")
+
+
+def _mapping(where: str, found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where} is {found!r}: it must be a mapping")
+    return found
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where} is {value!r}: it must be a text that is not empty")
+    return value
+
+
+def _whole(where: str, value: Any, smallest: int, unit: str = "") -> int:
+    """Return a whole number of at least `smallest`; YAML's ``2.9e+12`` counts as whole."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value != value or value < smallest or value == float("inf") or int(value) != value:
+        of_unit = f" of {unit}" if unit else ""
+        raise InputError(f"{where} is {value!r}: it must be a whole number{of_unit}, at least {smallest}")
+    return int(value)
