@@ -81,3 +81,10 @@ def oldest_free(order: Order, queue: int, holds: Ints, limit: int) -> int:
     while key < keys and holds[key] >= limit:
         key = order.newer[key]
     return key if key < keys else -1
+
+
+def shorten(order: Order, queue: int, length: int) -> None:
+    """Drop the oldest keys of `queue` until at most `length` stand in it: the bound of a ghost list."""
+    end = len(order.queue) + queue
+    while order.length[queue] > max(length, 0):
+        remove(order, order.newer[end])

@@ -9,7 +9,11 @@ from policies.order import Order, append, make_order, oldest_free, remove, renew
 
 
 class LRU(NamedTuple):
-    """Evict the expert whose last use is oldest."""
+    """Evict the expert whose last use is oldest; a load counts as a use.
+
+    Source: folklore; analysed by Mattson et al., "Evaluation techniques for storage hierarchies", IBM
+    Systems Journal 9(2), 1970. No parameters.
+    """
 
     order: Order
 
