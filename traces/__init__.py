@@ -7,6 +7,7 @@ from traces.errors import InputError
 from traces.files import content_hash, load_trace, save_trace
 from traces.importers import import_trace, importers
 from traces.slices import slice_requests, take_tokens
+from traces.statistics import TraceStatistics, inspect_trace, render_statistics
 from traces.trace import DECODE, PREFILL, ModelSpec, Provenance, Trace
 
 __all__ = [
@@ -16,11 +17,14 @@ __all__ = [
     "ModelSpec",
     "Provenance",
     "Trace",
+    "TraceStatistics",
     "bundled",
     "content_hash",
     "import_trace",
     "importers",
+    "inspect_trace",
     "load_trace",
+    "render_statistics",
     "save_trace",
     "slice_requests",
     "take_tokens",
