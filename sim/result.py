@@ -9,9 +9,9 @@ import numpy as np
 from policies.contract import Floats, Ints
 from sim.workload import Workload
 
-KINDS = ("demand", "useful", "late", "wasted")
+KINDS = ("demand", "useful", "late", "wasted", "refresh")
 """What became of transferred bytes: fetched on demand; prefetched and there in time; prefetched, used, but still in
-flight when its event started; prefetched and never used."""
+flight when its event started; prefetched and never used; transferred again after use (Fate's released code)."""
 
 
 class StepTimes(NamedTuple):

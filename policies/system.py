@@ -1,0 +1,157 @@
+"""A system: one policy per axis, built together for one model, budget and seed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from policies.contract import Future, Ints, Seen, Setting
+from traces.errors import InputError, nearest
+
+AXES = ("predictor", "prefetch", "eviction", "allocation", "miss")
+"""The independent choices that make a system, each a folder here and a group under `conf/`."""
+
+Part = tuple[type, Mapping[str, Any]]
+"""A policy class and the parameters of its YAML."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What a system is made of, before it knows model and budget."""
+
+    name: str
+    parts: Mapping[str, Part]
+    """By axis."""
+    drop_unused_prefetches: bool = False
+    """Whether a prefetched expert that its event did not use leaves at once."""
+    reupload_after_use: bool = False
+    """Whether every use spoils the device copy, which is then transferred again (Fate's released code)."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that any part declares in `NEEDS`."""
+        return frozenset().union(*(getattr(cls, "NEEDS", frozenset()) for cls, _ in self.parts.values()))
+
+    def check(self, capabilities: frozenset[str], trace: str) -> None:
+        """Raise InputError where a part needs what `trace`, which offers `capabilities`, does not hold."""
+        for axis, (cls, _) in self.parts.items():
+            missing = getattr(cls, "NEEDS", frozenset()) - capabilities - {"future"}
+            if missing:
+                raise InputError(
+                    f"system '{self.name}': its {axis} {cls.__name__} needs {_named(missing)}, which trace '{trace}' does "
+                    f"not hold; choose another {axis} or a trace recorded with it"
+                )
+
+
+@dataclass(frozen=True)
+class System:
+    """A composition built for one setting: fresh policies, ready for one run."""
+
+    composition: Composition
+    setting: Setting
+    predictor: Any
+    prefetch: Any
+    eviction: Any
+    miss: Any
+    observe: Callable[[Seen], None]
+    """The predictor's `observe`, or nothing where it does not learn."""
+
+
+def build_system(
+    composition: Composition,
+    *,
+    slots: int,
+    layers: int,
+    experts: int,
+    top_k: int,
+    seed: int = 0,
+    layer_ns: int = 0,
+    transfer_ns: int = 0,
+    future: Callable[[], Future] | None = None,
+) -> System:
+    """Build every part of `composition` for a device with `slots` expert slots.
+
+    `future` is called only where a part declares that it needs it. Raises InputError where a parameter is wrong or a
+    pool cannot hold one token's top-k.
+    """
+    if slots < top_k:
+        raise InputError(
+            f"budget gives {slots} expert slots, but one event needs {top_k} (the model's top-k); raise the budget to at "
+            f"least {top_k / (layers * experts):.4f} of all experts"
+        )
+    allocation = _build(composition, "allocation")
+    pool_of, capacity = allocation.divide(slots, layers, experts, top_k)
+    if capacity.min() < top_k:
+        raise InputError(
+            f"system '{composition.name}': allocation {type(allocation).__name__} leaves a layer with {capacity.min()} of "
+            f"{slots} slots, but one event needs {top_k} (the model's top-k); raise the budget to at least "
+            f"{top_k / experts:.4f} of all experts or choose allocation=global"
+        )
+    setting = Setting(
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        pool_of=np.asarray(pool_of, np.int64),
+        capacity=np.asarray(capacity, np.int64),
+        seed=seed,
+        layer_ns=layer_ns,
+        transfer_ns=transfer_ns,
+    )
+    with_future = replace(setting, future=future()) if future and "future" in composition.needs else setting
+    built = {
+        axis: _build(composition, axis, with_future if "future" in getattr(cls, "NEEDS", ()) else setting)
+        for axis, (cls, _) in composition.parts.items()
+        if axis != "allocation"
+    }
+    return System(composition, setting, observe=getattr(built["predictor"], "observe", _learn_nothing), **built)
+
+
+def find_part(axis: str, spec: Mapping[str, Any], also_from: tuple[str, ...] = ()) -> Part:
+    """Return class and parameters of a policy's YAML: ``_target_`` and its parameters.
+
+    Only classes of this project's `policies` package, and of the packages named in `also_from`, are imported.
+    Raises InputError for anything else, and for parameters that the class does not take.
+    """
+    target = str(spec.get("_target_", ""))
+    module_name, _, class_name = target.rpartition(".")
+    package = target.partition(".")[0]
+    if package != "policies" and package not in also_from:
+        raise InputError(
+            f"{axis}._target_ is '{target}': it must name a class of the package 'policies'; to use one of your own, "
+            f"name its package too: plugins=[{package or 'PACKAGE'}]"
+        )
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{axis}._target_ is '{target}', which cannot be imported: {error}") from error
+    parameters = {name: value for name, value in spec.items() if name != "_target_"}
+    known = [name for name in inspect.signature(cls.build).parameters if name != "setting"]
+    for name in parameters:
+        if name not in known:
+            raise InputError(f"{axis}.{name} is not a parameter of {class_name}: {nearest(name, known)}")
+    return cls, parameters
+
+
+def _build(composition: Composition, axis: str, *setting: Setting) -> Any:
+    cls, parameters = composition.parts[axis]
+    try:
+        return cls.build(*setting, **parameters)  # type: ignore[attr-defined]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"system '{composition.name}': {axis}.{error}") from error
+
+
+def _learn_nothing(seen: Seen) -> None:
+    """Stand in for a predictor that does not learn."""
+
+
+def _named(capabilities: frozenset[str]) -> str:
+    texts = {"lookahead": "lookahead observations", "logits": "router logits"}
+    return " and ".join(texts.get(name, name) for name in sorted(capabilities))
+
+
+__all__ = ["AXES", "Composition", "Ints", "Part", "System", "build_system", "find_part"]
