@@ -109,13 +109,12 @@ def transfer_ns(costs: Costs) -> int:
 def decode_layer_ns(costs: Costs, top_k: int) -> int:
     """Return the time of one layer for one token when nothing is waited for.
 
-    From gate to gate: the read-out and the host's decision stand between a gate and its experts, while the
-    host issues the next layer's gate when the experts already run. The context is the shortest of all steps,
-    as a system would see when it measures itself before it serves.
+    From gate to gate: the read-out and the host's decision stand between a gate and its experts; the host
+    issues the next layer's attention and gate while the experts, and then the first of it, already run. The
+    context is the shortest of all steps, as a system would see when it measures itself before it serves.
     """
-    experts_ns = top_k * int(costs.expert_ns[1])
-    attention_ns = int(costs.attention_ns.min())
-    return attention_ns + costs.readout_ns + costs.host_experts_ns + max(experts_ns, costs.host_gate_ns)
+    compute_ns = top_k * int(costs.expert_ns[1]) + int(costs.attention_ns.min())
+    return costs.readout_ns + costs.host_experts_ns + max(compute_ns, costs.host_gate_ns)
 
 
 def link_ns(hardware: Hardware, size: int) -> int:
