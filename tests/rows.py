@@ -46,6 +46,7 @@ def make_row(
     time = lengths * per_token * 1e6 * spread
     tokens = int(lengths.sum())
     tpot = float(time.sum() / tokens / 1e6)
+    compute, host = compute * tpot / per_token, host * tpot / per_token
     accesses = tokens * 384
     misses = int(accesses * min(1.0, wait / 100))
     late = int(misses * prefetched * 0.3)
@@ -82,7 +83,7 @@ def make_row(
         **{f"tpot_ms_{part}": tpot * by for part, by in _SPREAD.items()},
         **{f"ttft_ms_{part}": ttft * by for part, by in _SPREAD.items()},
         "compute_ms_per_token": compute,
-        "wait_ms_per_token": tpot - compute - host,
+        "wait_ms_per_token": max(0.0, tpot - compute - host),
         "host_ms_per_token": host,
         "link_busy_share": min(1.0, wait / 70),
         "hits": accesses - misses - late,
