@@ -8,14 +8,17 @@ from traces.files import content_hash, load_trace, save_trace
 from traces.importers import import_trace, importers
 from traces.slices import slice_requests, take_tokens
 from traces.statistics import TraceStatistics, inspect_trace, render_statistics
+from traces.synthetic import CALIBRATED, Recipe, synthesize
 from traces.trace import DECODE, PREFILL, ModelSpec, Provenance, Trace
 
 __all__ = [
+    "CALIBRATED",
     "DECODE",
     "PREFILL",
     "InputError",
     "ModelSpec",
     "Provenance",
+    "Recipe",
     "Trace",
     "TraceStatistics",
     "bundled",
@@ -27,6 +30,7 @@ __all__ = [
     "render_statistics",
     "save_trace",
     "slice_requests",
+    "synthesize",
     "take_tokens",
     "validate_trace",
 ]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from traces.errors import InputError
 from traces.trace import DECODE, Array, Trace
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
@@ -73,7 +74,7 @@ class CacheCurves:
     """The same in experts, rounded, at least one."""
     lru: tuple[float, ...]
     belady: tuple[float, ...]
-    """The most hits possible when each used expert must enter the cache."""
+    """The most hits possible: an expert may leave at the end of the very token that loaded it."""
     lru_by_layer: tuple[tuple[float, ...], ...]
     """[fraction][sampled layer]"""
     belady_by_layer: tuple[tuple[float, ...], ...]
@@ -138,9 +139,22 @@ def inspect_trace(
     `layers` are those whose caches are simulated, by default 8 spread evenly; `fractions` the cache sizes as
     shares of a layer's experts; `lags` the distances, in tokens, at which overlap is measured; `seed` that
     of the random control.
+
+    Raises `InputError` for a layer, fraction or lag that cannot be.
     """
     model = trace.model
     sampled = spread_layers(model.layers, CACHE_LAYERS) if layers is None else tuple(layers)
+    for layer in sampled:
+        if not 0 <= layer < model.layers:
+            raise InputError(f"layers: {layer} is none of this trace's; they are 0 to {model.layers - 1}")
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise InputError(
+                f"fractions: {fraction} is no share of the experts; it must be above 0, at most 1"
+            )
+    for lag in lags:
+        if lag < 1:
+            raise InputError(f"lags: {lag} tokens back; it must be at least 1")
     return TraceStatistics(
         model=model.name,
         kind=trace.provenance.kind,
