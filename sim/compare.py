@@ -1,0 +1,94 @@
+"""The main job: every system on one trace, at equal memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from joblib import Parallel, delayed
+
+from sim import store
+from sim.config import Config, compose_config, one_of, options
+from sim.experiment import composition_of, key_of, simulate, trace_name, workload_of
+from traces.errors import InputError
+
+
+def compare(
+    overrides: Sequence[str] = (),
+    *,
+    config_dir: str | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Run all systems at all budgets and return their rows, and a sentence for each that could not run.
+
+    `overrides` are Hydra overrides of ``conf/compare.yaml``. Rows that are stored already are not run again, so an
+    interrupted comparison goes on where it was. `progress` is told (done, total, what) after every run. A system that the
+    trace or a budget cannot serve is left out with a sentence; raises InputError where none can run, and for bad input.
+    """
+    base = compose_config("compare", overrides, config_dir)
+    configs, left_out = _plan(base, overrides, config_dir)
+    workload = workload_of(base)
+    keys = [key_of(config, workload.trace) for config in configs]
+    todo = [config for config, key in zip(configs, keys, strict=True) if not store.has(base["results"], key)]
+    done = len(configs) - len(todo)
+    workers = _workers(base["jobs"], len(todo))
+    finished: list[str] = []
+    jobs = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1) if workers > 1 else None
+    results = jobs(delayed(_run)(config) for config in todo) if jobs else map(_run, todo)
+    for what, sentence in results:
+        done += 1
+        if sentence:
+            left_out.append(sentence)
+        else:
+            finished.append(what)
+        progress(done, len(configs), what)
+    stored = [key for key in keys if store.has(base["results"], key)]
+    if not stored:
+        raise InputError(f"no system could run: {left_out[0]}" if left_out else "systems is empty: name at least one")
+    return store.read_rows(base["results"], stored), sorted(set(left_out))
+
+
+def _plan(base: Config, overrides: Sequence[str], config_dir: str | None) -> tuple[list[Config], list[str]]:
+    """Return one config per system and budget, and a sentence for each system that the trace cannot serve."""
+    known = options("system")
+    if config_dir is not None:
+        known = sorted({*known, *(file.stem for file in (Path(config_dir) / "system").glob("*.yaml"))})
+    systems = known if base["systems"] is None else _as_list(base["systems"])
+    budgets = _as_list(base["budget"])
+    own = [override for override in overrides if override.partition("=")[0] not in ("system", "systems", "budget")]
+    trace = workload_of(base).trace
+    configs, left_out = [], []
+    for name in systems:
+        one_of("systems", name, known)
+        config = compose_config("compare", [*own, f"system={name}"], config_dir)
+        try:
+            composition_of(config).check(trace.capabilities(), trace_name(config))
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        configs += [{**config, "budget": budget} for budget in budgets]
+    return configs, left_out
+
+
+def _run(config: Config) -> tuple[str, str | None]:
+    """Run one system in a worker; return its name and, if it cannot run, why."""
+    what = f"{config['system']['name']} at {config['budget']}"
+    try:
+        simulate(config)
+    except InputError as error:
+        return what, str(error)
+    return what, None
+
+
+def _workers(jobs: Any, tasks: int) -> int:
+    if not isinstance(jobs, int) or jobs == 0 or jobs < -1:
+        raise InputError(f"jobs is {jobs!r}: it must be a number of processes, or -1 for one per core")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores if jobs == -1 else jobs, tasks))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]

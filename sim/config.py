@@ -1,0 +1,116 @@
+"""Configurations: composed by Hydra from the groups under `conf/`, checked, and turned into plain dicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from policies.system import AXES
+from traces.errors import InputError, nearest
+
+Config = dict[str, Any]
+"""A composed configuration: mappings, lists, strings, numbers, booleans and None."""
+
+
+def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
+    """Compose `name` (a file of `conf/`) with Hydra `overrides` and return it as a plain dict.
+
+    ``trace=PATH`` is short for ``trace=file trace.path=PATH``. `config_dir` is searched besides `conf/`. A system that is
+    changed part by part is named after it: ``system=lru eviction=sieve`` is called ``lru+eviction=sieve``. Raises
+    InputError for what Hydra refuses.
+    """
+    overrides = expand(overrides)
+    search = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conf", version_base="1.3"):
+        try:
+            composed = compose(name, [*overrides, *search])
+            config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(_sentence(error, name, overrides)) from error
+    assert isinstance(config, dict)
+    named = {str(key): value for key, value in config.items()}
+    name_system(named, overrides)
+    return named
+
+
+def expand(overrides: Sequence[str]) -> list[str]:
+    """Write ``trace=PATH`` out as ``trace=file trace.path='PATH'``."""
+    expanded = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name == "trace" and ("/" in value or value.endswith(".safetensors")):
+            expanded += ["trace=file", f"trace.path='{value}'"]
+        else:
+            expanded.append(override)
+    return expanded
+
+
+def name_system(config: Config, overrides: Sequence[str]) -> None:
+    """Name the config's system after itself and every part that the overrides change."""
+    changes = [override.lstrip("+") for override in overrides if _changes_system(override)]
+    config["system"]["name"] = "+".join([config["system"]["name"], *sorted(changes)])
+
+
+def options(group: str) -> list[str]:
+    """Return the names of a group's options: the files of ``conf/GROUP``."""
+    folder = resources.files("conf") / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def groups() -> list[str]:
+    """Return the names of all groups: the folders of `conf/`."""
+    return sorted(e.name for e in resources.files("conf").iterdir() if e.is_dir() and not e.name.startswith("_"))
+
+
+def one_of(field: str, value: Any, known: Sequence[str]) -> str:
+    """Return `value` if it is known; raise InputError that names the nearest otherwise."""
+    if value not in known:
+        raise InputError(f"{field} is '{value}': {nearest(str(value), known)}")
+    return str(value)
+
+
+def _changes_system(override: str) -> bool:
+    name = override.lstrip("+~").partition("=")[0]
+    return name.partition(".")[0] in AXES or name in ("drop_unused_prefetches", "reupload_after_use", "free_link")
+
+
+def _sentence(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
+    """Say in one sentence what Hydra said in several lines."""
+    text = str(error)
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        group, option = match.groups()
+        return f"{group}={option}: {group} '{option}' is unknown: {nearest(option, options(group))}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        path = match.group(1)
+        known = _keys_beside(path, config_name, overrides)
+        return f"'{path}' is not a setting: {nearest(path.rpartition('.')[2], known)}"
+    if match := re.search(r"Missing mandatory value: (\S+)|missing keys?:? *\{?'?([\w.]+)", text, re.IGNORECASE):
+        return f"{match.group(1) or match.group(2)} has no value; give one: {match.group(1) or match.group(2)}=..."
+    return " ".join(text.split())
+
+
+def _keys_beside(path: str, config_name: str, overrides: Sequence[str]) -> list[str]:
+    """Return the keys that could have been meant by the last part of `path`."""
+    good = [override for override in overrides if override.lstrip("+~").partition("=")[0] in groups()]
+    try:
+        node: Any = compose(config_name, good)
+        for part in path.split(".")[:-1]:
+            node = node[part]
+        return sorted(map(str, node))
+    except (HydraException, OmegaConfBaseException, TypeError):
+        return groups()
+
+
+def plain(config: Mapping[str, Any], *, without: Sequence[str]) -> Config:
+    """Return a copy of `config` without some of its top-level keys."""
+    return {key: value for key, value in config.items() if key not in without}

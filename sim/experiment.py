@@ -1,0 +1,198 @@
+"""One run from a configuration: trace, workload, hardware, model, system and budget in; one row of figures out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policies.system import AXES, Composition, build_system, find_part
+from sim import store
+from sim.config import Config, one_of, plain
+from sim.costs import Costs, decode_layer_ns, make_costs, transfer_ns, with_free_link
+from sim.events import future_of
+from sim.hardware import make_hardware, model_spec
+from sim.reference import run_reference
+from sim.result import Run, limited_by, metrics
+from sim.workload import Workload, make_workload
+from traces import Trace, bundled, load_trace, take_tokens
+from traces.errors import InputError
+from traces.trace import ModelSpec
+
+ENGINES = {"reference": run_reference}
+"""What `engine` may be."""
+
+_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "baseline", "plugins")
+"""Settings that say where or how to run, not what."""
+
+
+def simulate(config: Config, *, resume: bool = True) -> dict[str, Any]:
+    """Run one system once and return its row; the row is stored under ``config["results"]``.
+
+    A run whose row is stored already is read back instead, unless `resume` is False. Raises InputError.
+    """
+    workload = workload_of(config)
+    key = key_of(config, workload.trace)
+    if resume and store.has(config["results"], key):
+        found: dict[str, Any] = store.read_rows(config["results"], [key]).iloc[0].to_dict()
+        return found
+    costs, spec = costs_of(config, workload)
+    run, slots = run_system(config, workload, costs)
+    row = {**_identity(config, workload, spec, costs, slots, run), **metrics(run, workload), "key": key}
+    row["limited_by"] = limited_by(row)
+    store.write_row(config["results"], row)
+    return row
+
+
+def run_system(
+    config: Config, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None = None
+) -> tuple[Run, int]:
+    """Build the config's system, run it and return what happened and the slots that it had."""
+    trace = workload.trace
+    composition = composition_of(config)
+    composition.check(trace.capabilities(), trace_name(config))
+    slots = slots_of(config["budget"], trace.model, costs)
+    system = build_system(
+        composition,
+        slots=slots,
+        layers=trace.model.layers,
+        experts=trace.model.experts,
+        top_k=trace.model.top_k,
+        seed=config["seed"],
+        layer_ns=decode_layer_ns(costs, trace.model.top_k),
+        transfer_ns=transfer_ns(costs),
+        future=lambda: future_of(workload.events),
+    )
+    engine = ENGINES[one_of("engine", config["engine"], list(ENGINES))]
+    return engine(system, workload, costs, log), slots
+
+
+def composition_of(config: Config) -> Composition:
+    """Return the policies that the config names."""
+    plugins = tuple(config["plugins"])
+    if plugins and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return Composition(
+        name=config["system"]["name"],
+        parts={axis: find_part(axis, config[axis], plugins) for axis in AXES},
+        drop_unused_prefetches=bool(config["drop_unused_prefetches"]),
+        reupload_after_use=bool(config["reupload_after_use"]),
+    )
+
+
+def workload_of(config: Config) -> Workload:
+    """Return the steps to run; read once per process and trace."""
+    tokens = config["trace"].get("tokens")
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        raise InputError(f"trace.tokens is {tokens!r}: it must be a whole number of tokens, at least 1, or null")
+    return _workload(str(trace_path(config)), tokens, json.dumps(config["workload"], sort_keys=True))
+
+
+@lru_cache(maxsize=4)
+def _workload(path: str, tokens: int | None, arrangement: str) -> Workload:
+    trace = load_trace(path)
+    if tokens is not None:
+        trace = take_tokens(trace, tokens)
+    return make_workload(trace, **json.loads(arrangement))
+
+
+def trace_path(config: Config) -> Path:
+    """Return the trace file; ``bundled:NAME`` stands for a recording that comes with the package."""
+    path = str(config["trace"]["path"])
+    if not path.startswith("bundled:"):
+        return Path(path)
+    known = bundled()
+    return known[one_of("trace.path: the bundled recording", path.removeprefix("bundled:"), list(known))]
+
+
+def trace_name(config: Config) -> str:
+    """Return the name by which tables call the trace: its file's."""
+    return trace_path(config).stem
+
+
+def costs_of(config: Config, workload: Workload) -> tuple[Costs, ModelSpec]:
+    """Return what everything costs, and the model whose bytes are priced."""
+    hardware = make_hardware(config["hardware"])
+    spec = model_spec(config["model"], workload.trace.model)
+    costs = make_costs(hardware, spec, np.diff(workload.offsets), workload.context, config["precision"])
+    return (with_free_link(costs) if config["free_link"] else costs), spec
+
+
+def slots_of(budget: Any, model: ModelSpec, costs: Costs) -> int:
+    """Return how many experts a budget holds: a fraction of all of them, or bytes (a number above 1, or ``4GB``)."""
+    all_slots = model.layers * model.experts
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(budget))
+    if isinstance(budget, bool) or match is None or match.group(2).upper() not in units or float(match.group(1)) <= 0:
+        raise InputError(
+            f"budget is {budget!r}: it must be a fraction of all experts above 0 and at most 1, or bytes such as 4GB"
+        )
+    number, unit = float(match.group(1)), match.group(2).upper()
+    if number <= 1 and not unit:
+        return int(number * all_slots + 1e-9)
+    return min(all_slots, int(number * units[unit]) // costs.expert_bytes)
+
+
+def key_of(config: Config, trace: Trace) -> str:
+    """Return the name of a result: a hash of everything that decides it, configuration, trace and code."""
+    what = plain(config, without=_NOT_PART_OF_A_RESULT)
+    what["trace"] = {"hash": trace.hash, "tokens": trace.tokens, "name": trace_name(config)}
+    return hashlib.sha256(json.dumps([what, _code_digest(config)], sort_keys=True).encode()).hexdigest()
+
+
+def _code_digest(config: Mapping[str, Any]) -> str:
+    """Return a hash over the sources that decide a result: policies, memory model, and policies of the user's own."""
+    digest = hashlib.sha256(_project_digest().encode())
+    for axis in AXES:
+        cls, _ = find_part(axis, config[axis], tuple(config["plugins"]))
+        source = sys.modules[cls.__module__].__file__
+        if source is not None and not cls.__module__.startswith("policies."):
+            digest.update(Path(source).read_bytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _project_digest() -> str:
+    root = Path(__file__).parent.parent
+    files = [*sorted((root / "policies").rglob("*.py")), *sorted((root / "sim").glob("*.py"))]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _identity(
+    config: Config, workload: Workload, spec: ModelSpec, costs: Costs, slots: int, run: Run
+) -> dict[str, Any]:
+    """Return the columns that say what was run."""
+    trace = workload.trace
+    all_slots = trace.model.layers * trace.model.experts
+    kv_bytes = int(workload.context.max()) * (spec.kv_bytes_per_token or 0)
+    return {
+        "trace": trace_name(config),
+        "trace_hash": trace.hash,
+        "trace_kind": trace.provenance.kind,
+        "trace_model": trace.model.name,
+        "workload": workload.name,
+        "hardware": config["hardware"]["name"],
+        "model": spec.name,
+        "system": config["system"]["name"],
+        "ceiling": bool(config["system"]["ceiling"]),
+        "budget": slots / all_slots,
+        "budget_bytes": slots * costs.expert_bytes,
+        "slots": slots,
+        "seed": config["seed"],
+        "engine": config["engine"],
+        "code_version": f"{metadata.version('foregate')}+{_project_digest()[:12]}",
+        "config": json.dumps(config, sort_keys=True),
+        "device_bytes_peak": run.peak_slots * costs.expert_bytes + (spec.other_bytes or 0) + kv_bytes,
+        "note": "",
+    }
