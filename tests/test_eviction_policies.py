@@ -96,7 +96,7 @@ def test_lru_serves_the_golden_case() -> None:
         (LRFU, 2, [0, 0, 1, 1, 2, 0, 2, 3], [(4, 0), (5, 2), (6, 1), (7, 2)]),
         # at event 5: 0 scores 3 uses over 4 steps, 1 scores 2 over 2
         (LFRU, 2, [0, 0, 0, 1, 1, 2], [(5, 0)]),
-        # 1 returns from B1, so T1's target is 1 and T2 gives up 0, which returns from B2: the target is 0 again
+        # 1 returns from B1: T1's target is 1, and T2 gives up 0; that returns from B2: the target is 0 again
         (ARC, 2, [0, 1, 0, 2, 1, 0], [(3, 1), (4, 0), (5, 2)]),
         # 1 returns from B1: the target rises by 1 and T1 = {2, 3} is above it
         (ARC, 3, [0, 0, 1, 2, 3, 1], [(4, 1), (5, 2)]),
@@ -298,8 +298,8 @@ def test_no_policy_misses_less_than_belady(
 
 # ---- measured curves -------------------------------------------------------------------------------------
 
-# Hits of 86,016 accesses: (one pool per layer at 25 %, at 50 %, one pool for the device at 25 %). The table of
-# docs/eviction.md.
+# Hits of 86,016 accesses: (one pool per layer at 25 %, at 50 %, one pool for the device at 25 %).
+# The table of docs/eviction.md.
 HITS: dict[Any, tuple[int, int, int]] = {
     LRU: (44_143, 65_652, 40_765),
     FIFO: (41_847, 62_216, 36_249),
@@ -332,8 +332,8 @@ def test_hit_rates_on_the_bundled_recording(policy: Any) -> None:
 
 
 # SYSTEMS 8.3 does not say which 9,000 tokens it measured. These are the first; LRFU and Belady then agree to
-# every digit given there (.704, .781). LRU agrees (.669) only if experts used by the same event are ordered by
-# their number; here hits are renewed in routed order before misses are loaded, which costs half a point.
+# every digit given there (.704, .781). LRU agrees (.669) only if experts used by the same event are ordered
+# by their number; here hits are renewed in routed order before misses are loaded, which costs half a point.
 @needs_gpt_oss
 @pytest.mark.parametrize(
     ("policy", "parameters", "hits", "published", "tolerance"),
