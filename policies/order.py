@@ -6,7 +6,7 @@ Several queues share one `Order`; a key stands in at most one of them. All opera
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from policies.contract import Ints
 class Order(NamedTuple):
     """Doubly linked queues over `keys` expert keys; queue q has the sentinel node ``keys + q``."""
 
+    keys: int
     newer: Ints
     older: Ints
     queue: Ints
@@ -27,12 +28,20 @@ class Order(NamedTuple):
 def make_order(keys: int, queues: int) -> Order:
     """Return `queues` empty queues over `keys` keys."""
     links = np.arange(keys + queues, dtype=np.int64)
-    return Order(links, links.copy(), np.full(keys, -1, np.int64), np.zeros(queues, np.int64))
+    return Order(keys, links, links.copy(), np.full(keys, -1, np.int64), np.zeros(queues, np.int64))
+
+
+def with_lists(policy: Any) -> Any:
+    """Return `policy` with the arrays of its queues as lists: what plain Python reads one at a time, three times faster."""
+    if isinstance(policy, Order):
+        return Order(policy.keys, *(links.tolist() for links in policy[1:]))
+    queues = {name: with_lists(part) for name, part in policy._asdict().items() if isinstance(part, Order)}
+    return policy._replace(**queues) if queues else policy
 
 
 def append(order: Order, queue: int, key: int) -> None:
     """Put `key`, which stands in no queue, at the newest end of `queue`."""
-    end = len(order.queue) + queue
+    end = order.keys + queue
     last = order.older[end]
     order.newer[last] = key
     order.older[key] = last
@@ -56,7 +65,7 @@ def renew(order: Order, key: int) -> None:
     """Move `key` to the newest end of the queue that it stands in."""
     before = order.older[key]
     after = order.newer[key]
-    end = len(order.queue) + order.queue[key]
+    end = order.keys + order.queue[key]
     if after == end:
         return
     order.newer[before] = after
@@ -70,13 +79,13 @@ def renew(order: Order, key: int) -> None:
 
 def oldest(order: Order, queue: int) -> int:
     """Return the oldest key of `queue`, or -1 where it is empty."""
-    key = order.newer[len(order.queue) + queue]
-    return key if key < len(order.queue) else -1
+    key = order.newer[order.keys + queue]
+    return key if key < order.keys else -1
 
 
 def oldest_free(order: Order, queue: int, holds: Ints, limit: int) -> int:
     """Return the oldest key of `queue` that may leave (``holds[key] < limit``), or -1."""
-    keys = len(order.queue)
+    keys = order.keys
     key = order.newer[keys + queue]
     while key < keys and holds[key] >= limit:
         key = order.newer[key]
@@ -85,6 +94,6 @@ def oldest_free(order: Order, queue: int, holds: Ints, limit: int) -> int:
 
 def shorten(order: Order, queue: int, length: int) -> None:
     """Drop the oldest keys of `queue` until at most `length` stand in it: the bound of a ghost list."""
-    end = len(order.queue) + queue
+    end = order.keys + queue
     while order.length[queue] > max(length, 0):
         remove(order, order.newer[end])

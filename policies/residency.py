@@ -6,11 +6,13 @@ experts that may leave; what may leave is decided here, by how firmly each exper
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from policies.contract import Setting
+from policies.order import with_lists
 
 FREE, AWAITED, HELD = 0, 1, 2
 """How firmly a resident is held: it may leave; it was prefetched and its event is still to come; it is in flight or
@@ -21,14 +23,14 @@ class Residency:
     """Slots, pools and their residents, with every change reported to the eviction policy."""
 
     def __init__(self, eviction: Any, setting: Setting) -> None:
-        self.eviction = eviction
+        self.eviction = eviction = with_lists(eviction)
         self.pool_of_key = np.repeat(setting.pool_of, setting.experts).tolist()
         """Pool of every key, by key."""
         self.capacity = setting.capacity.tolist()
         """Slots of every pool."""
         self.residents: list[dict[int, None]] = [{} for _ in self.capacity]
         """Keys that hold a slot, by pool, in the order in which they took it."""
-        self.holds = np.zeros(setting.keys, np.int64)
+        self.holds = [FREE] * setting.keys
         """How firmly every key is held: FREE, AWAITED or HELD; meaningless for keys without a slot."""
         self.on_miss = getattr(eviction, "on_miss", _nothing)
         self._victim = eviction.victim if hasattr(eviction, "victim") else self._lowest_score
@@ -36,9 +38,16 @@ class Residency:
     def __contains__(self, key: int) -> bool:
         return key in self.residents[self.pool_of_key[key]]
 
+    def hold(self, keys: Iterable[int], how: int) -> None:
+        """Hold all `keys` as firmly as `how` says."""
+        holds = self.holds
+        for key in keys:
+            holds[key] = how
+
     def victim(self, pool: int, now: int, limit: int = HELD) -> int:
         """Return the key that `pool` gives up, or -1 where every resident is held at `limit` or above."""
-        return int(self._victim(pool, self.holds, limit, now))
+        victim: int = self._victim(pool, self.holds, limit, now)
+        return victim
 
     def evict(self, key: int, now: int) -> None:
         """Take the slot of `key` away."""
@@ -59,12 +68,10 @@ class Residency:
 
     def _lowest_score(self, pool: int, holds: Any, limit: int, now: int) -> int:
         """Choose for a policy that scores: the lowest leaves, of equals the one that took its slot first."""
-        residents = self.residents[pool]
-        keys = np.fromiter(residents, np.int64, len(residents))
-        keys = keys[holds[keys] < limit]
-        if len(keys) == 0:
+        candidates = [key for key in self.residents[pool] if holds[key] < limit]
+        if not candidates:
             return -1
-        return int(keys[np.argmin(self.eviction.score(keys, now))])
+        return candidates[int(np.argmin(self.eviction.score(np.array(candidates), now)))]
 
 
 def _nothing(key: int, pool: int, now: int) -> None:

@@ -56,8 +56,8 @@ def ranking_figure(rows: pd.DataFrame, path: str | Path) -> Path:
     """Draw a panel per budget: a bar of ms per token for every system, and its tokens/s beside it.
 
     The fastest is on top; ceilings stand hatched and pale at the bottom; "=" after a figure means that the
-    rank is shared (`ranked`). Several settings in `rows` (traces, hardware, ...) have panels of their own. Returns
-    `path`.
+    rank is shared (`ranked`). Several settings in `rows` (traces, hardware, ...) have panels of their own.
+    Returns `path`.
     """
     tables = split(ranked(rows))
     across = min(len(tables), 2)
@@ -253,7 +253,9 @@ def _short(speed: float) -> str:
 
 
 def _heading(table: pd.DataFrame, inches: float) -> str:
-    return "\n".join(textwrap.wrap(setting(table), int(inches * _CHARACTERS_PER_INCH)))
+    return "\n".join(
+        textwrap.wrap(setting(table), int(inches * _CHARACTERS_PER_INCH), break_on_hyphens=False)
+    )
 
 
 def _save(figure: Figure, path: Path) -> Path:

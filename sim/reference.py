@@ -6,7 +6,7 @@ link is a server of its own (`sim.link`). Time is integer nanoseconds. `docs/mod
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,9 @@ class _Engine:
         self.workload = workload
         self.events = workload.events
         self.union_keys = self.events.keys.tolist()
-        self.union_tokens = self.events.tokens.tolist()
+        self.union_takes = costs.expert_ns[self.events.tokens].tolist()
+        """Compute time of every routed expert, ns."""
         self.union_starts = self.events.offsets.tolist()
-        self.expert_ns = costs.expert_ns.tolist()
         self.observed = _Observed(workload, system.composition.needs)
         self.ids = np.zeros(self.events.experts, np.int64)
         self.scores = np.zeros(self.events.experts, np.float64)
@@ -112,55 +112,63 @@ class _Engine:
         self.now = now = step * self.events.layers + layer
         start, end = self.union_starts[now], self.union_starts[now + 1]
         union = self.union_keys[start:end]
-        tokens = dict(zip(union, self.union_tokens[start:end], strict=True))
+        takes = dict(zip(union, self.union_takes[start:end], strict=True))
         present, awaited, absent = self._judge(union)
+        self._drop_stale_prefetches(union)
 
         # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
-        pool = self.residency.pool_of_key[union[0]] if union else 0
-        slots = self.residency.capacity[pool]
+        slots = self.residency.capacity[self.residency.pool_of_key[union[0]]] if union else 0
         first = min(len(absent), slots - len(present) - len(awaited))
         waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
-        self._begin_wave(present + awaited + waves[0])
-        self._load(awaited, waves[0])
-        if self.system.prefetch.depth:
-            self._predict(step, layer)
 
         compute = issued
         self.host_idle += issued - gate_end
-        for key in present:
-            compute += self.expert_ns[tokens[key]]
-        compute = yield from self._compute_arrivals(compute, tokens)
-        wave = present + awaited + waves[0]
-        for next_wave in waves[1:]:
-            yield from self._end_wave(compute, wave)
-            self._begin_wave(next_wave)
-            self._load([], next_wave)
-            compute = yield from self._compute_arrivals(compute, tokens)
-            wave = next_wave
-        yield from self._end_wave(compute, wave)
-        self.computed += sum(self.expert_ns[count] for count in tokens.values())
-        self._event_ends(union)
+        for number, absent in enumerate(waves):
+            wave = absent if number else present + awaited + absent
+            self._begin_wave(wave, () if number else awaited, absent)
+            if number == 0:
+                if self.system.prefetch.depth:
+                    self._predict(step, layer)
+                for key in present:
+                    compute += takes[key]
+            if self.outstanding:
+                self.all_landed = self.env.event()
+                yield self.all_landed
+            for landed, key in self.arrivals:
+                if landed > compute:
+                    self.waited += landed - compute
+                    compute = landed
+                compute += takes[key]
+            if compute > self.env.now:
+                yield self.env.timeout(compute - self.env.now)
+            self.residency.hold(wave, FREE)
+        self.computed += sum(takes.values())
+        self._end_event(union)
         return compute
 
     def _judge(self, union: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Split what the event needs into resident, in flight and absent, as it is when the event starts."""
-        residency, now = self.residency, self.now
+        residency, now, transfers, unused = self.residency, self.now, self.transfers, self.unused
+        pool = residency.pool_of_key[union[0]] if union else 0
+        residents = residency.residents[pool]
+        on_hit = residency.eviction.on_hit
         present, awaited, absent = [], [], []
         for key in union:
-            pool = residency.pool_of_key[key]
-            if key in residency.residents[pool]:
-                in_flight = key in self.transfers
-                (awaited if in_flight else present).append(key)
-                if key in self.unused:
-                    del self.unused[key]
-                    self.bytes["late" if in_flight else "useful"] += self.costs.expert_bytes
-                self._note("late_hit" if in_flight else "hit", key)
-                self.system.eviction.on_hit(key, pool, now)
-            else:
+            if key not in residents:
                 absent.append(key)
-                self._note("miss", key)
+                continue
+            in_flight = key in transfers
+            (awaited if in_flight else present).append(key)
+            if key in unused:
+                del unused[key]
+                self.bytes["late" if in_flight else "useful"] += self.costs.expert_bytes
+            on_hit(key, pool, now)
+        if self.log is not None:
+            for what, keys in (("hit", present), ("late_hit", awaited), ("miss", absent)):
+                for key in keys:
+                    self._note(what, key)
         for key in absent:
-            residency.on_miss(key, residency.pool_of_key[key], now)
+            residency.on_miss(key, pool, now)
         self.hits += len(present)
         self.late_hits += len(awaited)
         self.misses += len(absent)
@@ -171,21 +179,18 @@ class _Engine:
             self.needed_after_prediction += len(union)
         return present, awaited, absent
 
-    # ---- waves -----------------------------------------------------------------------------------------------
-
-    def _begin_wave(self, keys: list[int]) -> None:
-        """Hold what the wave needs."""
-        self.needed = set(keys)
-        self.residency.holds[keys] = HELD
-
-    def _load(self, awaited: list[int], absent: list[int]) -> None:
-        """Ask the link for what the wave lacks: what is partly here first, then the rest in routed order."""
+    def _begin_wave(self, wave: list[int], awaited: Iterable[int], absent: list[int]) -> None:
+        """Hold what the wave needs and ask the link for what it lacks: what is partly here first, then in routed order."""
+        self.needed = set(wave)
+        self.residency.hold(wave, HELD)
         self.arrivals = []
-        self.outstanding = len(awaited) + len(absent)
+        self.outstanding = 0
         for key in awaited:
+            self.outstanding += 1
             if not self.transfers[key].demand:
                 self.link.promote(self.transfers[key])
         for key in absent:
+            self.outstanding += 1
             queued = self.transfers.get(key)
             if queued is not None:
                 self.link.promote(queued)
@@ -195,30 +200,17 @@ class _Engine:
             else:
                 self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, demand=True)
                 self.link.submit_demand(transfer)
-        for transfer in self.link.drop_prefetches(lambda queued: queued.target <= self.now and not queued.refresh):
-            self._give_up(transfer)
 
-    def _compute_arrivals(self, compute: int, tokens: dict[int, int]) -> Generator[simpy.Event, None, int]:
-        """Wait for the wave's transfers and compute each expert as it lands; return when the stream is done."""
-        if self.outstanding:
-            self.all_landed = self.env.event()
-            yield self.all_landed
-            self.all_landed = None
-        for landed, key in self.arrivals:
-            if landed > compute:
-                self.waited += landed - compute
-                compute = landed
-            compute += self.expert_ns[tokens[key]]
-        return compute
+    def _drop_stale_prefetches(self, union: list[int]) -> None:
+        """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
+        if self.link.prefetch:
+            now = self.now
+            for transfer in self.link.drop_prefetches(
+                lambda queued: queued.target <= now and not queued.refresh and queued.key not in union
+            ):
+                self._give_up(transfer)
 
-    def _end_wave(self, compute: int, keys: list[int]) -> Generator[simpy.Event, None, None]:
-        """Let go of the wave's experts once they are computed."""
-        if compute > self.env.now:
-            yield self.env.timeout(compute - self.env.now)
-        self.residency.holds[keys] = FREE
-        self.needed = set()
-
-    def _event_ends(self, union: list[int]) -> None:
+    def _end_event(self, union: list[int]) -> None:
         """Decide what stays: nothing leaves on its own but prefetches that proved wrong, where the system says so."""
         for key in self.to_release.pop(self.now, ()):
             prefetch = self.unused.get(key)
@@ -231,7 +223,8 @@ class _Engine:
                 if key in self.residency and key not in self.transfers:
                     self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, refresh=True)
                     self.link.submit_prefetch(transfer)
-        self._note("end", -1)
+        if self.log is not None:
+            self._note("end", -1)
 
     # ---- prediction ------------------------------------------------------------------------------------------
 
@@ -263,33 +256,40 @@ class _Engine:
         key, residency = transfer.key, self.residency
         if transfer.refresh:
             residency.holds[key] = HELD
-            self._note("refresh", key)
+            if self.log is not None:
+                self._note("refresh", key)
             return True
-        pool = residency.pool_of_key[key]
-        if residency.is_full(pool) and not self._make_room(pool, transfer.demand):
+        if not self._make_room(residency.pool_of_key[key], transfer.demand):
             self.cancelled += 1
             del self.transfers[key]
-            self._note("cancel", key)
+            if self.log is not None:
+                self._note("cancel", key)
             return False
         residency.insert(key, self.now)
         self.taken += 1
-        self.peak_slots = max(self.peak_slots, self.taken)
+        if self.taken > self.peak_slots:
+            self.peak_slots = self.taken
         if transfer.demand:
             self.bytes["demand"] += self.costs.expert_bytes
-            self._note("load", key)
+            if self.log is not None:
+                self._note("load", key)
         else:
             self.prefetches += 1
             self.unused[key] = transfer
             self.to_release.setdefault(transfer.target, []).append(key)
-            self._note("prefetch", key)
+            if self.log is not None:
+                self._note("prefetch", key)
         return True
 
     def _make_room(self, pool: int, demand: bool) -> bool:
-        """Free a slot of `pool`: of an expert that nothing needs; for a demand also of one that was prefetched for a
+        """See to a free slot in `pool`: of an expert that nothing needs; for a demand also of one that was prefetched for a
         coming event, or of a paused prefetch."""
-        leaving = self.residency.victim(pool, self.now, AWAITED)
+        residency = self.residency
+        if len(residency.residents[pool]) < residency.capacity[pool]:
+            return True
+        leaving = residency.victim(pool, self.now, AWAITED)
         if leaving < 0 and demand:
-            leaving = self.residency.victim(pool, self.now, HELD)
+            leaving = residency.victim(pool, self.now, HELD)
         if leaving >= 0:
             self._evict(leaving)
             return True
@@ -306,18 +306,21 @@ class _Engine:
         """Take a slot away; a prefetch that was never used turns out wasted, a queued renewal is not needed."""
         self.residency.evict(key, self.now)
         self.taken -= 1
-        if self.unused.pop(key, None) is not None:
+        if key in self.unused:
+            del self.unused[key]
             self.bytes["wasted"] += self.costs.expert_bytes
-        renewal = self.transfers.pop(key, None)
-        if renewal is not None:
+        if key in self.transfers:
+            renewal = self.transfers.pop(key)
             self.link.drop_prefetches(lambda queued: queued is renewal)
-        self._note("evict", key)
+        if self.log is not None:
+            self._note("evict", key)
 
     def _give_up(self, transfer: Transfer) -> None:
         """Drop a transfer that nobody waits for; a paused one gives its slot back and has moved bytes for nothing."""
         del self.transfers[transfer.key]
         self.cancelled += 1
-        self._note("cancel", transfer.key)
+        if self.log is not None:
+            self._note("cancel", transfer.key)
         if transfer.started:
             self.unused.pop(transfer.key, None)
             self.bytes["refresh" if transfer.refresh else "wasted"] += transfer.chunks_moved * self.costs.chunk_bytes
@@ -334,13 +337,15 @@ class _Engine:
         """Make an expert usable, and wake the host when it was the last one it waited for."""
         key = transfer.key
         del self.transfers[key]
-        self._note("landed", key)
+        if self.log is not None:
+            self._note("landed", key)
         if transfer.refresh:
             self.bytes["refresh"] += self.costs.expert_bytes
         if key in self.needed:
             self.arrivals.append((self.env.now, key))
             self.outstanding -= 1
-            if self.outstanding == 0 and self.all_landed is not None:
+            if self.outstanding == 0:
+                assert self.all_landed is not None
                 self.all_landed.succeed()
         elif transfer.refresh or transfer.target <= self.now:
             self.residency.holds[key] = FREE
@@ -357,8 +362,8 @@ class _Engine:
         self.computed = self.waited = self.host_idle = self.hits = self.late_hits = self.misses = 0
 
     def _note(self, what: str, key: int) -> None:
-        if self.log is not None:
-            self.log.append((self.env.now, what, key, self.now))
+        assert self.log is not None
+        self.log.append((self.env.now, what, key, self.now))
 
     def result(self) -> Run:
         """Gather the counters; prefetches that nothing used by the end were wasted."""

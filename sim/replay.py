@@ -29,6 +29,7 @@ def replay(eviction: Any, setting: Setting, events: Events) -> Misses:
     Pass ``one_key_events(events)`` for the sequential replay of older papers.
     """
     residency = Residency(eviction, setting)
+    eviction = residency.eviction
     pool_of = residency.pool_of_key
     keys, offsets = events.keys.tolist(), events.offsets.tolist()
     hits = 0
@@ -48,7 +49,7 @@ def replay(eviction: Any, setting: Setting, events: Events) -> Misses:
             if residency.is_full(pool) and (leaving := residency.victim(pool, now)) >= 0:
                 residency.evict(leaving, now)
             residency.insert(key, now)
-        residency.holds[union] = FREE
+        residency.hold(union, FREE)
         _shrink(residency, {pool_of[key] for key in absent}, now)
     return Misses(len(keys), hits, len(keys) - hits)
 
