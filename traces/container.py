@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -182,7 +183,7 @@ def _kind_of_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, struct.error):
         return "a damaged zip archive"
     if any(name.endswith("data.pkl") for name in names):
         return "a PyTorch file, which holds a Python pickle"

@@ -11,6 +11,10 @@ class InputError(ValueError):
     traceback.
     """
 
+    def __init__(self, sentence: str) -> None:
+        # What foreign files call their arrays, and what other libraries say, may break the line.
+        super().__init__(" ".join(sentence.splitlines()))
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown `name`: the nearest known one and all that exist."""

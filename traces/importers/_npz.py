@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +21,10 @@ decompression bomb reaches 1,000."""
 
 SMALL = 2**20
 """Bytes below which the ratio does not matter: a small constant array compresses well and hurts nobody."""
+
+
+_UNPACKING = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
+"""What `zipfile` raises for damaged, encrypted and exotic entries."""
 
 
 class NpzArchive:
@@ -35,7 +42,7 @@ class NpzArchive:
             raise InputError(f"{path}: there is no such file") from None
         except IsADirectoryError:
             raise InputError(f"{path}: this is a folder; an .npz archive is one file") from None
-        except (zipfile.BadZipFile, ValueError) as error:
+        except (*_UNPACKING, ValueError, struct.error) as error:
             raise InputError(
                 f"{path}: this is no whole .npz archive ({error}); it may be truncated or another format"
             ) from None
@@ -80,7 +87,7 @@ class NpzArchive:
                 data = file.read(count)
                 # Reading past the end makes zipfile compare the checksum.
                 over = file.read(1)
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except _UNPACKING as error:
             raise InputError(f"{self.path}: '{name}' cannot be unpacked ({error}); copy it again") from None
         if len(data) != count or over:
             raise InputError(f"{self.path}: '{name}' is not the {count:,} bytes that its header promises")
@@ -123,17 +130,14 @@ class NpzArchive:
             with self._archive.open(entry) as file:
                 shape, fortran, dtype = _read_npy_header(file)
                 start = file.tell()
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            EOFError,
-            ValueError,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:
+        except _UNPACKING as error:
+            raise InputError(f"{self.path}: '{name}' cannot be unpacked ({error}); copy it again") from None
+        except (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError) as error:
             raise InputError(f"{self.path}: '{name}' has no valid .npy header ({error})") from None
         if dtype.hasobject:
             raise InputError(f"{self.path}: '{name}' holds Python objects (a pickle); it must hold numbers")
+        if dtype.itemsize == 0 or min(shape, default=0) < 0:
+            raise InputError(f"{self.path}: '{name}' claims the impossible: {dtype} of shape {list(shape)}")
         claimed = start + math.prod(shape) * dtype.itemsize
         if claimed != entry.file_size:
             raise InputError(

@@ -195,7 +195,10 @@ def _domains(archive: NpzArchive, about: _About, count: int) -> tuple[str, ...]:
             raise InputError(
                 f"{archive.path}: 'seq_domain' must give each of {count} requests one of {len(names)} domains"
             )
-        return tuple(str(names[index]) for index in chosen)
+        try:
+            return tuple(str(names[index]) for index in chosen)
+        except ValueError as error:
+            raise InputError(f"{archive.path}: 'domain_names' must be texts ({error})") from None
     task = about.values.get("task", "")
     # A category alone may be a bare number, which says nothing without its dataset.
     named = [[one[key] for key in ("dataset", "category") if one.get(key)] for one in about.sequences(count)]
