@@ -36,7 +36,7 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | N
             composed = compose(name, [*overrides, *search])
             config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise InputError(_sentence(error, name, overrides)) from error
+            raise InputError(readable(error, name, overrides)) from error
     assert isinstance(config, dict)
     named = {str(key): value for key, value in config.items()}
     name_system(named, overrides)
@@ -56,7 +56,9 @@ def expand(overrides: Sequence[str]) -> list[str]:
 
 
 def name_system(config: Config, overrides: Sequence[str]) -> None:
-    """Name the config's system after itself and every part that the overrides change."""
+    """Name the config's system, if it has one, after itself and every part that the overrides change."""
+    if "system" not in config:
+        return
     changes = [override.lstrip("+") for override in overrides if _changes_system(override)]
     config["system"]["name"] = "+".join([config["system"]["name"], *sorted(changes)])
 
@@ -84,7 +86,7 @@ def _changes_system(override: str) -> bool:
     return name.partition(".")[0] in AXES or name in ("drop_unused_prefetches", "reupload_after_use", "free_link")
 
 
-def _sentence(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
+def readable(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
     """Say in one sentence what Hydra said in several lines."""
     text = str(error)
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
@@ -92,7 +94,9 @@ def _sentence(error: Exception, config_name: str, overrides: Sequence[str]) -> s
         return f"{group}={option}: {group} '{option}' is unknown: {nearest(option, options(group))}"
     if match := re.search(r"Could not override '([^']+)'", text):
         path = match.group(1)
-        known = _keys_beside(path, config_name, overrides)
+        known = [key for key in _keys_beside(path, config_name, overrides) if key != "_target_"]
+        if not known:
+            return f"'{path}' is not a setting: the {path.partition('.')[0]} chosen takes no parameters"
         return f"'{path}' is not a setting: {nearest(path.rpartition('.')[2], known)}"
     if match := re.search(r"Missing mandatory value: (\S+)|missing keys?:? *\{?'?([\w.]+)", text, re.IGNORECASE):
         return f"{match.group(1) or match.group(2)} has no value; give one: {match.group(1) or match.group(2)}=..."

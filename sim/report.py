@@ -25,14 +25,14 @@ from sim.result import KINDS, limited_by
 from sim.store import LISTS
 from traces.errors import InputError
 
-SETTING = ["trace", "trace_hash", "trace_kind", "trace_model", "workload", "hardware", "model"]
-"""Columns that all rows of one table share, besides the budget."""
+SETTING = ["trace", "trace_hash", "trace_kind", "trace_model", "workload", "tokens", "hardware", "model"]
+"""Columns that all rows of one table share, besides the budget; `tokens` for traces that were cut short."""
 
 BASELINE = "lru"
 """The system that every other one is compared with."""
 
 BEST = "clairvoyant"
-"""The system whose speed is the best that an eviction could reach."""
+"""The ceiling that knows the future and has the same link: what a better policy could reach."""
 
 SYNTHETIC = "SYNTHETIC ROUTING"
 """What every table and figure of generated routing says."""
@@ -103,7 +103,7 @@ def ranking_dict(rows: pd.DataFrame) -> dict[str, Any]:
 
     Figures that do not exist are None; the lists per request and the config stay in the store, under ``key``.
     """
-    shared = [*SETTING, "budget", "budget_bytes", "tokens"]
+    shared = [*SETTING, "budget", "budget_bytes"]
     left_out = {*LISTS, "config", *shared}
     tables = []
     for table in split(ranked(rows)):
@@ -191,7 +191,7 @@ _LEGEND = {
     _EXPERTS: "hit, late, miss  resident, in flight, neither when their layer started",
     _BYTES: "demand  loads on a miss; useful, late, wasted  prefetches in time, too late, never used; "
     "refresh  again after use",
-    _DISTANCE: f"best  % of the speed of {BEST}, which evicts with knowledge of the future",
+    _DISTANCE: f"best  % of the speed of {BEST}, which knows the future",
     _AGAINST: f"{BASELINE}  speed as a multiple of {BASELINE}'s, 95 % interval; n.s.: the interval holds 1",
     _QUALITY: "skipped, substituted  share of the gate's weight that was not computed as routed",
 }

@@ -1,0 +1,301 @@
+"""The command line: ``foregate VERB [Hydra overrides]``. Every verb is a function that can be called without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+import traces
+from policies.system import AXES
+from sim.compare import compare
+from sim.config import Config, compose_config, expand, groups, name_system, options, readable
+from sim.experiment import simulate, trace_path
+from sim.figures import ranking_figure
+from sim.report import print_ranking, ranking_dict
+from sim.store import write_atomically
+from traces.errors import InputError, nearest
+
+USAGE = """foregate VERB [overrides]
+
+  compare                 rank systems on a trace at equal memory (the main job)
+  simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.1,0.25
+  trace import FILE       another program's recording into a trace file
+  trace inspect [FILE]    what a trace's routing is like
+  trace synthesize        routing with the statistics of a published model
+  list [GROUP]            what can be plugged where
+
+Overrides choose (trace=, workload=, hardware=, model=, system=, budget=), swap one part of a system (predictor=, prefetch=,
+eviction=, allocation=, miss=) or set a value (prefetch.depth=2). `foregate VERB --cfg` prints the resulting configuration;
+--config-dir DIR adds options of your own.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 2 for bad input, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except InputError as error:
+        print(f"foregate: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("foregate: interrupted; finished results are kept, the same command goes on", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        _out().print(USAGE, end="", highlight=False, markup=False)
+        return 0
+    verb = words.pop(0)
+    if verb == "trace":
+        verb = f"trace {words.pop(0)}" if words else "trace"
+    if verb not in _VERBS:
+        raise InputError(f"'{verb}' is not a verb: {nearest(verb, _VERBS)}")
+    if {"-h", "--help"} & set(words):
+        _out().print(USAGE, end="", highlight=False, markup=False)
+        return 0
+    return _VERBS[verb](words)
+
+
+# ---- verbs -------------------------------------------------------------------------------------------------------
+
+
+def _compare(words: list[str]) -> int:
+    overrides, config_dir = _options("compare", words)
+    if overrides is None:
+        return 0
+    base = compose_config("compare", overrides, config_dir)
+    with _Progress("systems x budgets") as progress:
+        rows, left_out = compare(overrides, config_dir=config_dir, progress=progress)
+    if base["json"]:
+        print(json.dumps(ranking_dict(rows), indent=1))  # noqa: T201
+    else:
+        print_ranking(_out(), rows)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in left_out:
+        errors.print(f"left out: {sentence}", markup=False)
+    figure = ranking_figure(rows, Path(base["results"]) / "ranking.png")
+    errors.print(f"figure: {figure}; rows: {Path(base['results']) / 'rows'}", markup=False)
+    return 0
+
+
+def _simulate(words: list[str]) -> int:
+    if {"-m", "--multirun"} & set(words):
+        return _multirun([word for word in words if word not in ("-m", "--multirun")])
+    overrides, config_dir = _options("simulate", words)
+    if overrides is None:
+        return 0
+    _print_row(simulate(compose_config("simulate", overrides, config_dir)))
+    return 0
+
+
+def _multirun(words: list[str]) -> int:
+    """Let Hydra sweep; every job stores its row and prints one line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, who say them in a sentence
+    overrides = expand(words)
+    before, sys.argv = sys.argv, ["foregate", *overrides, "--multirun"]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulate")(_job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(readable(error, "simulate", overrides)) from error
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _job(composed: DictConfig) -> None:
+    """Run one point of a sweep."""
+    container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    config: Config = {str(key): value for key, value in container.items()}
+    name_system(config, list(HydraConfig.get().overrides.task))
+    _print_row(simulate(config))
+
+
+def _trace_import(words: list[str]) -> int:
+    config = _settings("trace_import", words, "source")
+    if config is None:
+        return 0
+    source = Path(config["source"])
+    out = Path(config["out"] or f"{source.stem}.safetensors")
+    trace = traces.import_trace(source, config["format"], **config["options"])
+    traces.save_trace(trace, out)
+    model = trace.model
+    _out().print(
+        f"{out}: {trace.tokens:,} tokens of {len(trace.domains)} requests, {model.layers} layers x {model.experts} experts, "
+        f"top-{model.top_k}, from {model.name}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+def _trace_inspect(words: list[str]) -> int:
+    config = _settings("trace_inspect", words, "trace")
+    if config is None:
+        return 0
+    trace = traces.load_trace(trace_path(config), verify=True)
+    if config["trace"]["tokens"] is not None:
+        trace = traces.take_tokens(trace, config["trace"]["tokens"])
+    found = traces.inspect_trace(trace, seed=config["seed"])
+    if config["json"]:
+        print(json.dumps(found.as_json(), indent=1))  # noqa: T201
+    else:
+        _out().print(traces.render_statistics(found))
+    return 0
+
+
+def _trace_synthesize(words: list[str]) -> int:
+    config = _settings("trace_synthesize", words, "out")
+    if config is None:
+        return 0
+    recipes = traces.CALIBRATED
+    if config["recipe"] not in recipes:
+        raise InputError(f"recipe is '{config['recipe']}': {nearest(str(config['recipe']), recipes)}")
+    trace = traces.synthesize(seed=config["seed"], **{**recipes[config["recipe"]], **config["parameters"]})
+    traces.save_trace(trace, config["out"])
+    _out().print(f"{config['out']}: {trace.tokens:,} tokens of SYNTHETIC routing ({config['recipe']})", highlight=False)
+    return 0
+
+
+def _list(words: list[str]) -> int:
+    known = [*groups(), "formats"]
+    for word in words:
+        if word not in known:
+            raise InputError(f"there is no group '{word}': {nearest(word, known)}")
+    for group in words or known:
+        _out().print(f"[bold]{group}[/bold]{' (an axis)' if group in AXES else ''}", highlight=False)
+        for name, text in _described(group):
+            _out().print(f"  {name:22} {text}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _described(group: str) -> list[tuple[str, str]]:
+    """Return every option of a group with the line that introduces it."""
+    if group == "formats":
+        return [(name, (module.__doc__ or "").split("\n")[0]) for name, module in traces.importers().items()]
+    folder = Path(str(sys.modules["conf"].__file__)).parent / group
+    described = []
+    for name in options(group):
+        lines = (folder / f"{name}.yaml").read_text().splitlines()
+        comments = [line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line]
+        described.append((name, comments[0] if comments else ""))
+    return described
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "compare": _compare,
+    "simulate": _simulate,
+    "trace import": _trace_import,
+    "trace inspect": _trace_inspect,
+    "trace synthesize": _trace_synthesize,
+    "list": _list,
+}
+
+
+# ---- what the verbs share ----------------------------------------------------------------------------------------
+
+
+def _options(config_name: str, words: list[str]) -> tuple[list[str] | None, str | None]:
+    """Split the words into overrides and --config-dir; with --cfg print the configuration and return no overrides."""
+    overrides, config_dir, rest = [], None, list(words)
+    show = False
+    while rest:
+        word = rest.pop(0)
+        if word == "--cfg":
+            show = True
+            if rest and rest[0] == "job":
+                rest.pop(0)
+        elif word == "--config-dir":
+            if not rest:
+                raise InputError("--config-dir needs a folder")
+            config_dir = rest.pop(0)
+        elif word.startswith("-") or ("=" not in word and not word.startswith("~")):
+            raise InputError(f"'{word}' is not an override: write NAME=VALUE, or `foregate --help`")
+        else:
+            overrides.append(word)
+    if show:
+        print(OmegaConf.to_yaml(OmegaConf.create(compose_config(config_name, overrides, config_dir))), end="")  # noqa: T201
+        return None, config_dir
+    return overrides, config_dir
+
+
+def _settings(config_name: str, words: list[str], positional: str) -> Config | None:
+    """Compose a verb's configuration; a first word that is no override is the value of `positional`."""
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        value = words[0] if positional == "trace" else f"'{words[0]}'"
+        words = [f"{positional}={value}", *words[1:]]
+    overrides, config_dir = _options(config_name, words)
+    return None if overrides is None else compose_config(config_name, overrides, config_dir)
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    """Print one result in a line, or as much of it as matters first."""
+    _out().print(
+        f"{row['system']} at {row['budget']:.3g}: {row['tokens_per_s']:.1f} tokens/s, limited by {row['limited_by']} "
+        f"(ms per token: compute {row['compute_ms_per_token']:.2f}, wait {row['wait_ms_per_token']:.2f}, "
+        f"host {row['host_ms_per_token']:.2f}), {row['hit_rate']:.1%} hits, {row['moved_mb_per_token']:.0f} MB per token; "
+        f"{row['trace']}{' (SYNTHETIC ROUTING)' if row['trace_kind'] == 'synthetic' else ''} priced as {row['model']} on "
+        f"{row['hardware']}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
+def _out() -> Console:
+    """Return standard output; wide enough for the tables where it is not a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere; always on standard error."""
+
+    def __init__(self, what: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("")
+        self.tenth = 0
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        self.bar.start()
+        return self._tell
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def _tell(self, done: int, total: int, what: str) -> None:
+        self.bar.update(self.task, completed=done, total=total, description=what)
+        if not self.console.is_terminal and done * 10 // total > self.tenth:
+            self.tenth = done * 10 // total
+            self.console.print(f"{done} of {total} runs done", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
