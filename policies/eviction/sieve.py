@@ -42,7 +42,7 @@ class Sieve(NamedTuple):
     def on_evict(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         if self.hand[pool] == key:
             newer = self.order.newer[key]
-            self.hand[pool] = newer if newer < len(self.order.queue) else -1
+            self.hand[pool] = newer if newer < self.order.keys else -1
         remove(self.order, key)
         self.again[key] = -1
 
@@ -56,7 +56,7 @@ class Sieve(NamedTuple):
             if holds[key] < limit:
                 self.again[key] = 0
             key = self.order.newer[key]
-            if key >= len(self.order.queue):
+            if key >= self.order.keys:
                 key = oldest(self.order, pool)
         self.hand[pool] = key
         return key
