@@ -109,9 +109,14 @@ def test_a_row_is_compared_with_the_lru_of_its_own_seed():
         assert table.loc[("a", seed), "speed_vs_lru"] == pytest.approx(speeds)
 
 
+def test_runs_of_a_trace_that_was_cut_short_are_a_table_of_their_own():
+    rows = [make_row("lru"), make_row("fate", wait=33), make_row("lru", requests=9, key="short")]
+    assert [len(table) for table in split(ranked(pd.DataFrame(rows)))] == [2, 1]
+
+
 def test_rows_of_different_requests_are_refused():
     with pytest.raises(InputError, match="cannot be compared"):
-        ranked(pd.DataFrame([make_row("lru"), make_row("fate", requests=9)]))
+        ranked(pd.DataFrame([make_row("lru"), make_row("fate", requests=9, tokens=1512)]))
 
 
 def test_nothing_to_rank_is_said():
