@@ -357,6 +357,8 @@ def rejection(path, **options):
         (("__metadata__", "model"), "{}", "'model' is incomplete"),
         (("__metadata__", "model"), '{"layer": 2}', "unknown field 'model.layer'; did you mean 'layers'?"),
         (("__metadata__", "author"), "me", "unknown metadata 'author'"),
+        (("__metadata__", "hash"), "abc", "the hash is 'abc'; it must be 64 hexadecimal digits"),
+        (("__metadata__", "provenance"), '{"details": NaN}', "NaN is no JSON value"),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(saved, place, value, words):

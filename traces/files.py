@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -121,6 +122,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     for name in _METADATA:
         if name not in metadata:
             raise InputError(f"{path}: the metadata '{name}' is missing; a trace has {', '.join(_METADATA)}")
+    if not re.fullmatch("[0-9a-f]{64}", metadata["hash"]):
+        raise InputError(f"{path}: the hash is {metadata['hash']!r:.80}; it must be 64 hexadecimal digits")
 
 
 def _check_names(path: Path, arrays: Mapping[str, Array]) -> None:
@@ -134,9 +137,14 @@ def _check_names(path: Path, arrays: Mapping[str, Array]) -> None:
 
 def _from_json(path: Path, name: str, metadata: Mapping[str, str]) -> Any:
     try:
-        return json.loads(metadata[name])
+        return json.loads(metadata[name], parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the metadata '{name}' is not valid JSON ({error})") from None
+
+
+def _no_constant(name: str) -> None:
+    # Python reads NaN and Infinity, which are no JSON and which `save_trace` never writes.
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _record(path: Path, name: str, metadata: Mapping[str, str], kind: type[_Record]) -> _Record:

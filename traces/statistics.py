@@ -144,17 +144,7 @@ def inspect_trace(
     """
     model = trace.model
     sampled = spread_layers(model.layers, CACHE_LAYERS) if layers is None else tuple(layers)
-    for layer in sampled:
-        if not 0 <= layer < model.layers:
-            raise InputError(f"layers: {layer} is none of this trace's; they are 0 to {model.layers - 1}")
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise InputError(
-                f"fractions: {fraction} is no share of the experts; it must be above 0, at most 1"
-            )
-    for lag in lags:
-        if lag < 1:
-            raise InputError(f"lags: {lag} tokens back; it must be at least 1")
+    _check_options(model.layers, sampled, fractions, lags)
     return TraceStatistics(
         model=model.name,
         kind=trace.provenance.kind,
@@ -170,6 +160,20 @@ def inspect_trace(
         caches=cache_curves(trace, sampled, fractions, seed),
         recall=lookahead_recall(trace),
     )
+
+
+def _check_options(
+    layers: int, sampled: Sequence[int], fractions: Sequence[float], lags: Sequence[int]
+) -> None:
+    for layer in sampled:
+        if not 0 <= layer < layers:
+            raise InputError(f"layers: {layer} is none of this trace's; they are 0 to {layers - 1}")
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise InputError(f"fractions: {fraction} is no share of experts; it must be above 0, at most 1")
+    for lag in lags:
+        if lag < 1:
+            raise InputError(f"lags: {lag} tokens back; it must be at least 1")
 
 
 def spread_layers(layers: int, count: int) -> tuple[int, ...]:
