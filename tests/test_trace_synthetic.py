@@ -87,6 +87,7 @@ def test_no_spread_is_uniform_random_routing():
     ("parameters", "words"),
     [
         ({"layer": 2}, "unknown parameter 'layer'; did you mean 'layers'"),
+        ({"seed": -1}, "seed is -1; it must be a whole number"),
         ({"layers": 0}, "layers is 0; it must be a whole number of at least 1"),
         ({"requests": 2.5}, "requests is 2.5"),
         ({"top_k": 65}, "top_k is 65; it must be at most experts, 64"),
