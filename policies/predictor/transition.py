@@ -21,8 +21,13 @@ class Transition(NamedTuple):
 
     pairs: Floats
     """[reach, L, E, E] how often the second expert was used at layer l + reach + 1 when the first was at layer l."""
+    total: Floats
+    """[reach, L, E] sum of `pairs` over the second expert."""
     share: Floats
     """[L, E] share of the running step's tokens that use each expert."""
+    routed: Ints
+    """[L, E] experts of the running step in order of first appearance, -1 behind the last: sums go in this order, so
+    that their rounding does not depend on how experts are numbered."""
     seen_at: Ints
     """[L, E] when each expert was routed last."""
 
@@ -30,20 +35,34 @@ class Transition(NamedTuple):
     def build(cls, setting: Setting, reach: int = 1) -> Transition:
         """Start with an empty table for predictions up to `reach` layers ahead."""
         shape = (setting.layers, setting.experts)
-        return cls(np.zeros((reach, *shape, setting.experts)), np.zeros(shape), np.zeros(shape, np.int64))
+        return cls(
+            pairs=np.zeros((reach, *shape, setting.experts)),
+            total=np.zeros((reach, *shape)),
+            share=np.zeros(shape),
+            routed=np.full(shape, -1, np.int64),
+            seen_at=np.zeros(shape, np.int64),
+        )
 
     def observe(self, seen: Seen) -> None:  # noqa: D102
         layer = seen.layer
-        share = self.share[layer]
+        share, routed = self.share[layer], self.routed[layer]
         share[:] = 0.0
+        routed[:] = -1
+        count = 0
         for expert in seen.experts.ravel():
             if expert >= 0:
+                if share[expert] == 0.0:
+                    routed[count] = expert
+                    count += 1
                 share[expert] += 1.0 / len(seen.experts)
+        now_used = routed[:count]
         for ahead in range(1, min(len(self.pairs), layer) + 1):
-            now_used = np.flatnonzero(share)
-            for before in np.flatnonzero(self.share[layer - ahead]):
-                row = self.pairs[ahead - 1, layer - ahead, before]
-                row[now_used] += self.share[layer - ahead, before] * share[now_used]
+            for before in self.routed[layer - ahead]:
+                if before < 0:
+                    break
+                weight = self.share[layer - ahead, before]
+                self.pairs[ahead - 1, layer - ahead, before][now_used] += weight * share[now_used]
+                self.total[ahead - 1, layer - ahead, before] += weight * np.sum(share[now_used])
         note_seen(self.seen_at[layer], seen.experts, seen.event)
 
     def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102
@@ -51,9 +70,10 @@ class Transition(NamedTuple):
         if ahead > len(self.pairs) or layer + ahead >= len(self.share):
             return 0
         expected = np.zeros(self.share.shape[1])
-        for before in np.flatnonzero(self.share[layer]):
-            row = self.pairs[ahead - 1, layer, before]
-            total = np.sum(row)
+        for before in self.routed[layer]:
+            if before < 0:
+                break
+            total = self.total[ahead - 1, layer, before]
             if total > 0:
-                expected += self.share[layer, before] * row / total
+                expected += self.share[layer, before] * self.pairs[ahead - 1, layer, before] / total
         return rank(expected, self.seen_at[layer + ahead], ids, scores)
