@@ -46,7 +46,8 @@ _PARTS = {
 """What a bar stacks, from the axis outwards: first what no policy can shorten."""
 _LINES = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ((0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
+_DASHES = ((0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (10, 3)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
+_CEILING_MARKERS = (".", "1", "2", "+", "x")
 _GREY = "0.4"
 
 _CHARACTERS_PER_INCH = 13.5
@@ -222,7 +223,7 @@ def _styles(tables: Sequence[pd.DataFrame]) -> dict[str, dict[str, Any]]:
         styles[label] = {
             "color": "0.5",
             "linestyle": _DASHES[place % len(_DASHES)],
-            "marker": ".",
+            "marker": _CEILING_MARKERS[place % len(_CEILING_MARKERS)],
             "zorder": 1.5,
         }
     return styles

@@ -20,7 +20,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sim.bootstrap import Comparison, compare_speed
+from sim.bootstrap import FEWEST_REQUESTS, Comparison, compare_speed
 from sim.result import KINDS, limited_by
 from sim.store import LISTS
 from traces.errors import InputError
@@ -63,7 +63,7 @@ def print_ranking(console: Console, rows: pd.DataFrame) -> None:
     shown: set[str] = set()
     for table in split(ranked(rows)):
         groups = _groups(table)
-        shown |= {title for title, _ in groups}
+        shown |= _shown(table, groups)
         first, *others = title(table)
         console.print()
         console.print(Text(first, style="bold"), soft_wrap=False)
@@ -82,7 +82,7 @@ def ranking_markdown(rows: pd.DataFrame) -> str:
     shown: set[str] = set()
     for table in split(ranked(rows)):
         groups = _groups(table)
-        shown |= {title for title, _ in groups}
+        shown |= _shown(table, groups)
         first, *others = title(table)
         parts.append("  \n".join([f"**{first}**", *others]))
         header = ["", "system", *(_markdown_header(title, columns) for title, columns in groups)]
@@ -160,10 +160,15 @@ def notes(table: pd.DataFrame) -> list[str]:
 
 
 def legend(groups: Iterable[str]) -> str:
-    """Return what the columns of the named groups mean, in a few lines."""
+    """Return what the columns and signs of these groups mean, a line each."""
     shown = set(groups)
-    lines = [text for name, text in _LEGEND.items() if name in shown]
-    return "\n".join(["=  cannot be told apart from the fastest of that rank, by a paired bootstrap", *lines])
+    return "\n".join(text for name, text in _LEGEND.items() if name in shown)
+
+
+def _shown(table: pd.DataFrame, groups: Iterable[tuple[str, list[_Column]]]) -> set[str]:
+    """Return what of a table the legend must explain."""
+    signs = {sign for sign in "=?" if table["rank"].str.contains(sign, regex=False).any()}
+    return signs | {title for title, _ in groups}
 
 
 _GAP = 1
@@ -186,6 +191,8 @@ _SPEED, _TIME, _EXPERTS, _BYTES, _DISTANCE, _QUALITY, _AGAINST = (
 )
 
 _LEGEND = {
+    "=": "=  cannot be told apart from the fastest of that rank, by a paired bootstrap over requests",
+    "?": f"?  not claimed: fewer than {FEWEST_REQUESTS} requests",
     _SPEED: "tok/s  tokens per second; p50, p95  of the time per output token (TPOT), and mean TTFT, in ms",
     _TIME: "*  where most of the time goes; wait, host  compute stood still for a transfer, for the host",
     _EXPERTS: "hit, late, miss  resident, in flight, neither when their layer started",

@@ -96,14 +96,15 @@ def test_a_line_per_system_runs_over_the_budgets(tmp_path, drawn):
     assert [name for name in names if lines[name].get_linestyle() == "-"] == names[:4]
 
 
-def test_twenty_one_systems_look_different(tmp_path, drawn):
-    rows = [make_row(f"s{place}", wait=20 + place, budget=part) for place in range(21) for part in (0.2, 0.4)]
+def test_twenty_one_systems_and_five_ceilings_look_different(tmp_path, drawn):
+    rows = [
+        make_row(f"s{place}", wait=20 + place, budget=part, ceiling=place > 20)
+        for place in range(26)
+        for part in (0.2, 0.4)
+    ]
     budget_figure(pd.DataFrame(rows), tmp_path / "budget.png")
-    looks = {
-        (line.get_color(), line.get_marker(), line.get_markerfacecolor())
-        for line in drawn[0].axes[0].get_lines()
-    }
-    assert len(looks) == 21
+    lines = drawn[0].axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in lines}) == 26
 
 
 def test_several_settings_have_panels_of_their_own(tmp_path, drawn):

@@ -1,7 +1,9 @@
 """Results survive the way to disk and back, whatever else lies in the directory."""
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,12 @@ from traces.trace import DECODE, PREFILL, ModelSpec, Provenance, Trace
 def test_the_schema_names_exactly_the_columns_that_a_run_yields():
     row = one_run()
     assert {*row, "limited_by"} == set(FIGURES)
+
+
+def test_every_column_is_explained():
+    text = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+    short = {name: re.sub(r"^(tpot|ttft)_ms_p", "_p", name) for name in SCHEMA.names}
+    assert [name for name in SCHEMA.names if f"`{short[name]}`" not in text] == []
 
 
 def test_a_run_s_figures_come_back_as_they_were(tmp_path):
