@@ -5,7 +5,7 @@ without clock, device or I/O. Its methods use only array elements, numbers and t
 `policies.order`, so that the same text runs as plain Python and can be compiled.
 
 Every policy class has a classmethod `build(setting, **parameters)`; the parameters are the keys of its
-YAML. The class attribute `NEEDS` names what it cannot do without:
+YAML. The decorator `needs` names what it cannot do without:
 
 ``lookahead``  the trace's cross-layer gate observations
 ``logits``     the trace's router logits
@@ -21,8 +21,10 @@ prefetch
     ``depth``                                how many layers ahead it asks for
     ``take(scores, count, tokens)``          how many of the `count` ranked experts to fetch
 eviction
-    ``on_miss(key, pool, now)``              a routed expert is absent; called before room is made (optional)
-    ``on_insert(key, pool, now)``            the expert took a slot: its load starts
+    ``on_miss(key, pool, now)``              a routed expert is absent; called for all of them when the event starts,
+                                             before any room is made (optional)
+    ``on_insert(key, pool, now)``            the expert took a slot: its load starts; without an ``on_miss`` in this
+                                             event it is a prefetch, whose first use comes as ``on_hit``
     ``on_hit(key, pool, now)``               a routed expert was resident or in flight when its event started
     ``on_evict(key, pool, now)``             the expert lost its slot
     and one of
@@ -35,14 +37,17 @@ miss
     ``action(key, now)``                     what a miss does: `LOAD`
 
 An **expert key** is ``layer * experts + expert``. `now` is the running number of the event (step * layers +
-layer), the only clock a policy has. A **pool** is a set of slots that compete: one for the whole device,
+layer), the only clock a policy has. Within an event the experts come in order of first appearance: token by token,
+heaviest gate weight first. Whoever runs a policy may keep a copy of it with its queues as lists
+(`policies.order.with_lists`), so a policy object that was handed over is not looked at again. A **pool** is a set of slots that compete: one for the whole device,
 or one per layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +59,38 @@ LOAD = 0
 """Miss action: transfer the expert over the link and wait for it."""
 
 CAPABILITIES = ("lookahead", "logits", "future")
-"""What a policy may declare in `NEEDS`."""
+"""What a policy may need."""
+
+_Policy = TypeVar("_Policy", bound=type)
+
+
+def needs(*capabilities: str) -> Callable[[_Policy], _Policy]:
+    """Declare what a policy class cannot do without; a trace that lacks it is refused with a sentence."""
+    unknown = set(capabilities) - set(CAPABILITIES)
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} is no capability: known are {', '.join(CAPABILITIES)}")
+
+    def declare(policy: _Policy) -> _Policy:
+        policy.NEEDS = frozenset(capabilities)  # type: ignore[attr-defined]
+        return policy
+
+    return declare
+
+
+def needs_of(policy: type) -> frozenset[str]:
+    """Return what a policy class declared with `needs`."""
+    declared: frozenset[str] = getattr(policy, "NEEDS", frozenset())
+    return declared
+
+
+def numbers_matter(reason: str) -> Callable[[_Policy], _Policy]:
+    """Declare that a policy's decisions depend on how experts are numbered, and why that cannot be otherwise."""
+
+    def declare(policy: _Policy) -> _Policy:
+        policy.NUMBERS_MATTER = reason  # type: ignore[attr-defined]
+        return policy
+
+    return declare
 
 
 class Seen(NamedTuple):
@@ -81,7 +117,7 @@ class Seen(NamedTuple):
 
 
 class Future(NamedTuple):
-    """What the router will choose; only policies with ``future`` in `NEEDS` receive it.
+    """What the router will choose; only policies that declare the need receive it.
 
     Event i needs ``keys[offsets[i]:offsets[i + 1]]``; ``following`` holds, at the same places, the next event that
     needs the key again, and ``first[key]`` the first event that needs it (`NEVER` where there is none).

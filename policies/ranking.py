@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from policies.contract import Floats, Ints
 
@@ -20,7 +21,7 @@ def rank(by_expert: Floats, seen_at: Ints, ids: Ints, scores: Floats) -> int:
     return count
 
 
-def note_seen(seen_at: Ints, experts: Ints, event: int) -> None:
+def note_seen(seen_at: Ints, experts: npt.NDArray[np.integer], event: int) -> None:
     """Mark `experts` (any shape, -1 is none) as seen at `event`; of one event, those listed first rank higher."""
     moment = (event + 1) << 20  # leaves room for a million routed experts in one event
     for expert in experts.ravel()[::-1]:

@@ -26,7 +26,7 @@ class Residency:
         self.eviction = eviction = with_lists(eviction)
         self.pool_of_key = np.repeat(setting.pool_of, setting.experts).tolist()
         """Pool of every key, by key."""
-        self.capacity = setting.capacity.tolist()
+        self.capacity: list[int] = setting.capacity.tolist()
         """Slots of every pool."""
         self.residents: list[dict[int, None]] = [{} for _ in self.capacity]
         """Keys that hold a slot, by pool, in the order in which they took it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.contract import Future, Ints, Seen, Setting
+from policies.contract import Future, Seen, Setting, needs_of
 from traces.errors import InputError, nearest
 
 AXES = ("predictor", "prefetch", "eviction", "allocation", "miss")
@@ -34,13 +34,13 @@ class Composition:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Capabilities that any part declares in `NEEDS`."""
-        return frozenset().union(*(getattr(cls, "NEEDS", frozenset()) for cls, _ in self.parts.values()))
+        """Capabilities that any part needs."""
+        return frozenset().union(*(needs_of(cls) for cls, _ in self.parts.values()))
 
     def check(self, capabilities: frozenset[str], trace: str) -> None:
         """Raise InputError where a part needs what `trace`, which offers `capabilities`, does not hold."""
         for axis, (cls, _) in self.parts.items():
-            missing = getattr(cls, "NEEDS", frozenset()) - capabilities - {"future"}
+            missing = needs_of(cls) - capabilities - {"future"}
             if missing:
                 raise InputError(
                     f"system '{self.name}': its {axis} {cls.__name__} needs {_named(missing)}, which trace '{trace}' does "
@@ -104,7 +104,7 @@ def build_system(
     )
     with_future = replace(setting, future=future()) if future and "future" in composition.needs else setting
     built = {
-        axis: _build(composition, axis, with_future if "future" in getattr(cls, "NEEDS", ()) else setting)
+        axis: _build(composition, axis, with_future if "future" in needs_of(cls) else setting)
         for axis, (cls, _) in composition.parts.items()
         if axis != "allocation"
     }
@@ -153,5 +153,3 @@ def _named(capabilities: frozenset[str]) -> str:
     texts = {"lookahead": "lookahead observations", "logits": "router logits"}
     return " and ".join(texts.get(name, name) for name in sorted(capabilities))
 
-
-__all__ = ["AXES", "Composition", "Ints", "Part", "System", "build_system", "find_part"]

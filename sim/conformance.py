@@ -42,7 +42,7 @@ def check(composition: Composition) -> None:
         check_counts(run, log, workload)
         if "future" not in composition.needs:
             check_no_foresight(composition, workload, slots, log)
-        if not any(hasattr(cls, "IDENTITY_MATTERS") for cls, _ in composition.parts.values()):
+        if not any(hasattr(cls, "NUMBERS_MATTER") for cls, _ in composition.parts.values()):
             check_numbering(composition, workload, slots, log)
 
 

@@ -23,7 +23,7 @@ class Events(NamedTuple):
     """How many of the event's tokens use each key."""
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Number of events."""
         return len(self.offsets) - 1
 
@@ -65,7 +65,7 @@ def one_key_events(events: Events) -> Events:
 
 def future_of(events: Events) -> Future:
     """Return what clairvoyant policies receive: for every access the next event that needs the same key."""
-    event_of = np.repeat(np.arange(events.count), np.diff(events.offsets))
+    event_of = np.repeat(np.arange(events.total), np.diff(events.offsets))
     following = np.full(len(events.keys), NEVER, np.int64)
     order = np.lexsort((event_of, events.keys))
     same = events.keys[order[:-1]] == events.keys[order[1:]]

@@ -42,8 +42,8 @@ def simulate(config: Config, *, resume: bool = True) -> dict[str, Any]:
     workload = workload_of(config)
     key = key_of(config, workload.trace)
     if resume and store.has(config["results"], key):
-        found: dict[str, Any] = store.read_rows(config["results"], [key]).iloc[0].to_dict()
-        return found
+        stored = store.read_rows(config["results"], [key]).iloc[0]
+        return {str(column): value for column, value in stored.items()}
     costs, spec = costs_of(config, workload)
     run, slots = run_system(config, workload, costs)
     row = {**_identity(config, workload, spec, costs, slots, run), **metrics(run, workload), "key": key}

@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import simpy
-
 from sim.costs import Costs
 
 
@@ -34,7 +32,7 @@ class Transfer:
 
 
 class Link:
-    """Serial link of a simulated device.
+    """Serial link of a simulated device; `env` is a SimPy environment whose clock counts whole nanoseconds.
 
     `start(transfer)` is asked when a transfer is about to move its first chunk; it reserves the slot and returns whether
     there is one (a demand is always given one). `landed(transfer)` is told when its last chunk arrived, `pause(transfer)`
@@ -43,7 +41,7 @@ class Link:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Any,
         costs: Costs,
         start: Callable[[Transfer], bool],
         landed: Callable[[Transfer], None],

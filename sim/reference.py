@@ -36,7 +36,7 @@ class _Engine:
     """One run: host thread, compute stream, link, slots, and the counters of all of them."""
 
     def __init__(self, system: System, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None) -> None:
-        self.env = simpy.Environment()
+        self.env: Any = simpy.Environment()  # SimPy types its clock int | float; here it counts whole nanoseconds
         self.system = system
         self.costs = costs
         self.log = log
@@ -152,7 +152,9 @@ class _Engine:
         pool = residency.pool_of_key[union[0]] if union else 0
         residents = residency.residents[pool]
         on_hit = residency.eviction.on_hit
-        present, awaited, absent = [], [], []
+        present: list[int] = []
+        awaited: list[int] = []
+        absent: list[int] = []
         for key in union:
             if key not in residents:
                 absent.append(key)
@@ -235,7 +237,7 @@ class _Engine:
         system.observe(seen)
         for ahead in range(1, system.prefetch.depth + 1):
             target = self.now + ahead
-            if target >= self.events.count:
+            if target >= self.events.total:
                 return
             count = system.predictor.predict(seen, ahead, self.ids, self.scores)
             if count == 0:

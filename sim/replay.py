@@ -33,7 +33,7 @@ def replay(eviction: Any, setting: Setting, events: Events) -> Misses:
     pool_of = residency.pool_of_key
     keys, offsets = events.keys.tolist(), events.offsets.tolist()
     hits = 0
-    for now in range(events.count):
+    for now in range(events.total):
         union = keys[offsets[now] : offsets[now + 1]]
         absent = []
         for key in union:
@@ -44,8 +44,9 @@ def replay(eviction: Any, setting: Setting, events: Events) -> Misses:
             else:
                 absent.append(key)
         for key in absent:
+            residency.on_miss(key, pool_of[key], now)
+        for key in absent:
             pool = pool_of[key]
-            residency.on_miss(key, pool, now)
             if residency.is_full(pool) and (leaving := residency.victim(pool, now)) >= 0:
                 residency.evict(leaving, now)
             residency.insert(key, now)

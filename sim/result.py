@@ -124,8 +124,8 @@ def _per_request(
     share = duration[step_of_row] / np.diff(workload.offsets)[step_of_row]
     requests, place = np.unique(workload.request[rows], return_inverse=True)
     tokens = np.bincount(place, minlength=len(requests))
-    time: Floats = np.bincount(place, weights=share[rows], minlength=len(requests))
-    return requests.tolist(), tokens.tolist(), time.tolist()
+    time_ns = np.bincount(place, weights=share[rows], minlength=len(requests))
+    return requests.tolist(), tokens.tolist(), time_ns.tolist()
 
 
 def _distribution(name: str, values: Floats) -> dict[str, float]:

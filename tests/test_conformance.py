@@ -1,11 +1,10 @@
 """Every policy and every system that is discovered keeps the contract, and the model keeps its sanity list."""
 
-import numpy as np
 import pytest
 
 from policies.system import Composition, find_part
 from sim.config import compose_config, options
-from sim.conformance import check, small_trace
+from sim.conformance import check
 from sim.experiment import composition_of
 
 CARRIERS = {

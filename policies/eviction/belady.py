@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from policies.contract import Future, Ints, Setting
+from policies.contract import Future, Ints, needs, Setting
 
 
+@needs("future")
 class Belady(NamedTuple):
     """Evict the expert whose next use is farthest; it needs the future, which no real system has.
 
@@ -19,14 +20,12 @@ class Belady(NamedTuple):
     """[keys] the next event that needs the key, as of its last use."""
     future: Future
 
-    NEEDS = frozenset({"future"})  # type: ignore[misc]  # an attribute of the class, not a field
-
     @classmethod
     def build(cls, setting: Setting) -> Belady:
         """Start with the first use of every key as its next."""
         if setting.future is None:
             raise ValueError("Belady needs the future: the setting has none")
-        return cls(setting.future.first.copy(), setting.future)  # type: ignore[call-arg]
+        return cls(setting.future.first.copy(), setting.future)
 
     def on_miss(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         for access in range(self.future.offsets[now], self.future.offsets[now + 1]):

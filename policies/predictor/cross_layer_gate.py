@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.contract import Floats, Ints, Seen, Setting
+from policies.contract import Floats, Ints, needs, Seen, Setting
 from policies.ranking import rank
 
 
+@needs("lookahead")
 class CrossLayerGate(NamedTuple):
     """Expect what the gate of the coming layer says when it is given this layer's gate input.
 
@@ -19,8 +20,6 @@ class CrossLayerGate(NamedTuple):
     top-k: with its probabilities, or with one vote each (`count_votes`, what Fate's code does in prefill). Layer 0 is
     never predicted.
     """
-
-    NEEDS = frozenset({"lookahead"})
 
     layers: int
     experts: int

@@ -6,19 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.contract import Floats, Future, Ints, Seen, Setting
+from policies.contract import Floats, Future, Ints, needs, numbers_matter, Seen, Setting
 from policies.ranking import rank
 
 
+@needs("future")
+@numbers_matter("wrong experts are drawn by their number")
 class NoisyOracle(NamedTuple):
     """Predict each coming expert with probability `recall` and each other one with `false_positive_rate`.
 
     What is a prediction of that quality worth? Right and wrong experts are ranked at random. The draws are a
     function of seed, event, depth and expert, so every system that is compared meets the same luck.
     """
-
-    NEEDS = frozenset({"future"})
-    IDENTITY_MATTERS = "wrong experts are drawn by their number"
 
     future: Future
     layers: int

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from policies.contract import Floats, Future, Ints, Seen, Setting
+from policies.contract import Floats, Future, Ints, needs, Seen, Setting
 
 
+@needs("future")
 class Oracle(NamedTuple):
     """Know exactly which experts come: the ceiling of prediction."""
-
-    NEEDS = frozenset({"future"})
 
     future: Future
     layers: int
