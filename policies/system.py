@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,7 +83,7 @@ def build_system(
     if slots < top_k:
         raise InputError(
             f"budget gives {slots} expert slots, but one event needs {top_k} (the model's top-k); raise the budget to at "
-            f"least {top_k / (layers * experts):.4f} of all experts"
+            f"least {_share(top_k, layers * experts)} of all experts"
         )
     allocation = _build(composition, "allocation")
     pool_of, capacity = allocation.divide(slots, layers, experts, top_k)
@@ -90,7 +91,7 @@ def build_system(
         raise InputError(
             f"system '{composition.name}': allocation {type(allocation).__name__} leaves a layer with {capacity.min()} of "
             f"{slots} slots, but one event needs {top_k} (the model's top-k); raise the budget to at least "
-            f"{top_k / experts:.4f} of all experts or choose allocation=global"
+            f"{_share(top_k, experts)} of all experts or choose allocation=global"
         )
     setting = Setting(
         layers=layers,
@@ -108,6 +109,8 @@ def build_system(
         for axis, (cls, _) in composition.parts.items()
         if axis != "allocation"
     }
+    if built["prefetch"].depth < 0:
+        raise InputError(f"system '{composition.name}': prefetch.depth is {built['prefetch'].depth}: it must be at least 0")
     return System(composition, setting, observe=getattr(built["predictor"], "observe", _learn_nothing), **built)
 
 
@@ -115,7 +118,7 @@ def find_part(axis: str, spec: Mapping[str, Any], also_from: tuple[str, ...] = (
     """Return class and parameters of a policy's YAML: ``_target_`` and its parameters.
 
     Only classes of this project's `policies` package, and of the packages named in `also_from`, are imported.
-    Raises InputError for anything else, and for parameters that the class does not take.
+    Raises InputError for anything else, and for parameters that the class does not take or whose type is wrong.
     """
     target = str(spec.get("_target_", ""))
     module_name, _, class_name = target.rpartition(".")
@@ -125,15 +128,23 @@ def find_part(axis: str, spec: Mapping[str, Any], also_from: tuple[str, ...] = (
             f"{axis}._target_ is '{target}': it must name a class of the package 'policies'; to use one of your own, "
             f"name its package too: plugins=[{package or 'PACKAGE'}]"
         )
+    if not module_name:
+        raise InputError(f"{axis}._target_ is '{target}': it must be written MODULE.CLASS")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"{axis}._target_ is '{target}', which cannot be imported: {error}") from error
+    if not isinstance(cls, type) or not hasattr(cls, "build"):
+        raise InputError(f"{axis}._target_ is '{target}', which is no policy: it must be a class with a method `build`")
     parameters = {name: value for name, value in spec.items() if name != "_target_"}
     known = [name for name in inspect.signature(cls.build).parameters if name != "setting"]
-    for name in parameters:
+    types = _annotations(cls.build)
+    for name, value in parameters.items():
         if name not in known:
-            raise InputError(f"{axis}.{name} is not a parameter of {class_name}: {nearest(name, known)}")
+            choice = nearest(name, known) if known else "it takes no parameters"
+            raise InputError(f"{axis}.{name} is not a parameter of {class_name}: {choice}")
+        if not _is_of(value, types.get(name, Any)):
+            raise InputError(f"{axis}.{name} is {value!r}: it must be {_type_in_words(types[name])}")
     return cls, parameters
 
 
@@ -143,6 +154,33 @@ def _build(composition: Composition, axis: str, *setting: Setting) -> Any:
         return cls.build(*setting, **parameters)  # type: ignore[attr-defined]
     except (ValueError, TypeError) as error:
         raise InputError(f"system '{composition.name}': {axis}.{error}") from error
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+"""What YAML can hold and policies take."""
+
+
+def _annotations(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except NameError:  # a name that only type checkers see
+        return {}
+
+
+def _is_of(value: Any, wanted: Any) -> bool:
+    """Whether a YAML value is what a parameter's annotation says; annotations not made of `_WORDS` allow anything."""
+    kinds = typing.get_args(wanted) or (wanted,)
+    # bool is an int to Python, and a whole number does for a float.
+    return not set(kinds) <= set(_WORDS) or type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _type_in_words(wanted: Any) -> str:
+    return " or ".join(_WORDS[kind] for kind in typing.get_args(wanted) or (wanted,))
+
+
+def _share(part: int, whole: int) -> str:
+    """Return the least fraction with four decimals that is not below ``part / whole``."""
+    return f"{-(-part * 10**4 // whole) / 10**4:.4f}"
 
 
 def _learn_nothing(seen: Seen) -> None:

@@ -23,6 +23,8 @@ class ShallowFavouring(NamedTuple):
     @classmethod
     def build(cls, full_layers: int = 4) -> ShallowFavouring:
         """`full_layers` layers are kept whole."""
+        if full_layers < 0:
+            raise ValueError(f"full_layers is {full_layers}: it must be at least 0")
         return cls(full_layers)
 
     def divide(self, slots: int, layers: int, experts: int, top_k: int) -> tuple[Ints, Ints]:  # noqa: D102

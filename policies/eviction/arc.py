@@ -81,8 +81,9 @@ class ARC(NamedTuple):
         remove(self.resident, key)
         if self.used[key] == 1:
             append(self.ghost, side, key)
-            t1 = self.resident.length[2 * pool]
+            t1, t2 = self.resident.length[2 * pool], self.resident.length[2 * pool + 1]
             shorten(self.ghost, 2 * pool, self.capacity[pool] - t1)
+            shorten(self.ghost, 2 * pool + 1, 2 * self.capacity[pool] - t1 - t2 - self.ghost.length[2 * pool])
         self.used[key] = 0
 
     def victim(self, pool: int, holds: Ints, limit: int, now: int) -> int:  # noqa: D102

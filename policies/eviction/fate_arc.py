@@ -78,7 +78,9 @@ class FateARC(NamedTuple):
         remove(self.resident, key)
         if side < 2:
             append(self.ghost, 2 * pool + side, key)
-            shorten(self.ghost, 2 * pool, self.capacity[pool] - self.resident.length[3 * pool])
+            t1, t2 = self.resident.length[3 * pool], self.resident.length[3 * pool + 1]
+            shorten(self.ghost, 2 * pool, self.capacity[pool] - t1)
+            shorten(self.ghost, 2 * pool + 1, 2 * self.capacity[pool] - t1 - t2 - self.ghost.length[2 * pool])
 
     def victim(self, pool: int, holds: Ints, limit: int, now: int) -> int:  # noqa: D102
         unused = oldest_free(self.resident, 3 * pool + 2, holds, limit)

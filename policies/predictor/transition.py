@@ -34,6 +34,8 @@ class Transition(NamedTuple):
     @classmethod
     def build(cls, setting: Setting, reach: int = 1) -> Transition:
         """Start with an empty table for predictions up to `reach` layers ahead."""
+        if reach < 1:
+            raise ValueError(f"reach is {reach}: it must be at least 1")
         shape = (setting.layers, setting.experts)
         return cls(
             pairs=np.zeros((reach, *shape, setting.experts)),

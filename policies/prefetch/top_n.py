@@ -16,6 +16,8 @@ class TopN(NamedTuple):
     @classmethod
     def build(cls, setting: Setting, n: int | None = None, depth: int = 1) -> TopN:
         """`n` experts per token (the model's top-k where not given)."""
+        if n is not None and n < 0:
+            raise ValueError(f"n is {n}: it must be at least 0")
         return cls(depth, setting.top_k if n is None else n)
 
     def take(self, scores: Floats, count: int, tokens: int) -> int:  # noqa: D102

@@ -21,6 +21,8 @@ class Window(NamedTuple):
     @classmethod
     def build(cls, setting: Setting, depth: int = 1, least: int = 1) -> Window:
         """Work out n from the times that the setting gives; a free link brings everything."""
+        if least < 0:
+            raise ValueError(f"least is {least}: it must be at least 0")
         n = setting.layer_ns // setting.transfer_ns if setting.transfer_ns else setting.experts
         return cls(depth, max(n, least))
 
