@@ -109,8 +109,9 @@ def build_system(
         for axis, (cls, _) in composition.parts.items()
         if axis != "allocation"
     }
-    if built["prefetch"].depth < 0:
-        raise InputError(f"system '{composition.name}': prefetch.depth is {built['prefetch'].depth}: it must be at least 0")
+    depth = built["prefetch"].depth
+    if depth < 0:
+        raise InputError(f"system '{composition.name}': prefetch.depth is {depth}: it must be at least 0")
     return System(composition, setting, observe=getattr(built["predictor"], "observe", _learn_nothing), **built)
 
 

@@ -19,7 +19,6 @@ from sim.costs import Costs
 from sim.link import Link, Transfer
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
-from traces.trace import Array
 
 
 def run_reference(system: System, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None = None) -> Run:
@@ -243,11 +242,16 @@ class _Engine:
             if count == 0:
                 continue
             count = system.prefetch.take(self.scores, count, len(seen.experts))
-            first_key = (layer + ahead) % layers * experts
+            target_layer = (layer + ahead) % layers
+            first_key = target_layer * experts
             keys = [first_key + expert for expert in self.ids[:count].tolist()]
-            self.predictions.setdefault(target, set()).update(keys)
+            if target in self.predictions:
+                self.predictions[target].update(keys)
+            else:
+                self.predictions[target] = set(keys)
+            residents = self.residency.residents[self.residency.pool_of_key[first_key]]
             for key in keys:
-                if key not in self.residency and key not in self.transfers:
+                if key not in residents and key not in self.transfers:
                     self.transfers[key] = transfer = Transfer(key, target, self.costs.chunks)
                     self.link.submit_prefetch(transfer)
 
@@ -395,11 +399,15 @@ class _Observed:
         self.experts = trace.experts[rows]
         self.weights = trace.weights[rows]
         self.request = workload.request
-        nothing = np.zeros((len(rows), trace.model.layers, 0))
-        lookahead = "lookahead" in needs
-        self.lookahead_experts = _rows_or(trace.lookahead_experts if lookahead else None, rows, nothing[..., None].astype(np.int8))
-        self.lookahead_scores = _rows_or(trace.lookahead_scores if lookahead else None, rows, nothing[..., None])
-        self.router_logits = _rows_or(trace.router_logits if "logits" in needs else None, rows, nothing)
+        self.lookahead_experts = self.lookahead_scores = self.router_logits = None
+        if "lookahead" in needs:
+            assert trace.lookahead_experts is not None
+            assert trace.lookahead_scores is not None
+            self.lookahead_experts = trace.lookahead_experts[rows]
+            self.lookahead_scores = trace.lookahead_scores[rows]
+        if "logits" in needs:
+            assert trace.router_logits is not None
+            self.router_logits = trace.router_logits[rows]
 
     def event(self, step: int, layer: int, now: int) -> Seen:
         """Return what a real system sees at this event."""
@@ -410,11 +418,12 @@ class _Observed:
             self.experts[rows, layer],
             self.weights[rows, layer],
             self.request[rows],
-            self.lookahead_experts[rows, layer],
-            self.lookahead_scores[rows, layer],
-            self.router_logits[rows, layer],
+            _NO_RANKING if self.lookahead_experts is None else self.lookahead_experts[rows, layer],
+            _NO_RANKING if self.lookahead_scores is None else self.lookahead_scores[rows, layer],
+            _NO_LOGITS if self.router_logits is None else self.router_logits[rows, layer],
         )
 
 
-def _rows_or(array: Array | None, rows: Array, nothing: Array) -> Array:
-    return nothing if array is None else array[rows]
+_NO_RANKING: Any = np.zeros((0, 0, 0))
+_NO_LOGITS: Any = np.zeros((0, 0))
+"""What a policy sees of observations that it did not ask for."""

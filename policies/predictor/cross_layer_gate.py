@@ -37,7 +37,7 @@ class CrossLayerGate(NamedTuple):
         ranked = seen.lookahead_experts[:, ahead - 1]
         probability = seen.lookahead_scores[:, ahead - 1]
         if len(ranked) == 1:
-            count = int(np.sum(ranked[0] >= 0))
+            count = ranked.shape[1] if ranked[0, -1] >= 0 else int(np.sum(ranked[0] >= 0))
             ids[:count] = ranked[0, :count]
             scores[:count] = probability[0, :count]
             return count
