@@ -19,11 +19,10 @@ from rich.console import Console
 import traces
 from policies.system import AXES
 from sim.compare import compare
-from sim.config import Config, compose_config, expand, groups, name_system, options, readable
-from sim.experiment import simulate, trace_path
+from sim.config import Config, check_types, compose_config, expand, groups, name_system, options, quoted, readable
+from sim.experiment import simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
-from sim.store import write_atomically
 from traces.errors import InputError, nearest
 
 USAGE = """foregate VERB [overrides]
@@ -37,7 +36,7 @@ USAGE = """foregate VERB [overrides]
 
 Overrides choose (trace=, workload=, hardware=, model=, system=, budget=), swap one part of a system (predictor=, prefetch=,
 eviction=, allocation=, miss=) or set a value (prefetch.depth=2). `foregate VERB --cfg` prints the resulting configuration;
---config-dir DIR adds options of your own.
+--config-dir DIR adds options of your own; --json prints JSON instead of tables (compare, trace inspect).
 """
 
 
@@ -52,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"foregate: {error.filename}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 2
     except KeyboardInterrupt:
         print("foregate: interrupted; finished results are kept, the same command goes on", file=sys.stderr)  # noqa: T201
         return 130
@@ -105,26 +109,46 @@ def _simulate(words: list[str]) -> int:
 
 
 def _multirun(words: list[str]) -> int:
-    """Let Hydra sweep; every job stores its row and prints one line."""
+    """Let Hydra sweep; every job stores its row and prints one line, and one that cannot run does not stop the others."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, who say them in a sentence
-    overrides = expand(words)
-    before, sys.argv = sys.argv, ["foregate", *overrides, "--multirun"]
+    overrides, config_dir = _options("simulate", words)
+    if overrides is None:
+        return 0
+    overrides = expand(overrides)
+    found = [] if config_dir is None else ["--config-dir", str(Path(config_dir).absolute())]
+    faults: list[str] = []
+
+    def job(composed: DictConfig) -> None:
+        # Hydra would print a line of its own about an exception.
+        try:
+            _print_row(simulate(_job_config(composed)))
+        except InputError as error:
+            faults.append(str(error))
+
+    before, sys.argv = sys.argv, ["foregate", *overrides, "--multirun", *found]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulate")(_job)()
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulate")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(readable(error, "simulate", overrides)) from error
+        raise InputError(readable(error, "simulate", overrides, config_dir)) from error
     finally:
         sys.argv = before
+    if faults:
+        count = f"{len(faults)} points of the sweep could not run, the first: " if len(faults) > 1 else ""
+        raise InputError(f"{count}{faults[0]}")
     return 0
 
 
-def _job(composed: DictConfig) -> None:
-    """Run one point of a sweep."""
-    container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+def _job_config(composed: DictConfig) -> Config:
+    """Return the configuration of one point of a sweep."""
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise InputError(readable(error, "simulate", overrides)) from error
     assert isinstance(container, dict)
     config: Config = {str(key): value for key, value in container.items()}
-    name_system(config, list(HydraConfig.get().overrides.task))
-    _print_row(simulate(config))
+    name_system(config, overrides)
+    return config
 
 
 def _trace_import(words: list[str]) -> int:
@@ -150,8 +174,9 @@ def _trace_inspect(words: list[str]) -> int:
     if config is None:
         return 0
     trace = traces.load_trace(trace_path(config), verify=True)
-    if config["trace"]["tokens"] is not None:
-        trace = traces.take_tokens(trace, config["trace"]["tokens"])
+    tokens = trace_tokens(config)
+    if tokens is not None:
+        trace = traces.take_tokens(trace, tokens)
     found = traces.inspect_trace(trace, seed=config["seed"])
     if config["json"]:
         print(json.dumps(found.as_json(), indent=1))  # noqa: T201
@@ -221,6 +246,8 @@ def _options(config_name: str, words: list[str]) -> tuple[list[str] | None, str 
             show = True
             if rest and rest[0] == "job":
                 rest.pop(0)
+        elif word == "--json":
+            overrides.append("json=true")
         elif word == "--config-dir":
             if not rest:
                 raise InputError("--config-dir needs a folder")
@@ -238,10 +265,14 @@ def _options(config_name: str, words: list[str]) -> tuple[list[str] | None, str 
 def _settings(config_name: str, words: list[str], positional: str) -> Config | None:
     """Compose a verb's configuration; a first word that is no override is the value of `positional`."""
     if words and "=" not in words[0] and not words[0].startswith("-"):
-        value = words[0] if positional == "trace" else f"'{words[0]}'"
+        value = words[0] if positional == "trace" else quoted(words[0])
         words = [f"{positional}={value}", *words[1:]]
     overrides, config_dir = _options(config_name, words)
-    return None if overrides is None else compose_config(config_name, overrides, config_dir)
+    if overrides is None:
+        return None
+    config = compose_config(config_name, overrides, config_dir)
+    check_types(config)
+    return config
 
 
 def _print_row(row: dict[str, Any]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from joblib import Parallel, delayed  # type: ignore[import-untyped]
 
 from sim import store
-from sim.config import Config, compose_config, one_of, options
-from sim.experiment import composition_of, key_of, simulate, trace_name, workload_of
+from sim.config import Config, check_config, compose_config, one_of, options
+from sim.experiment import ENGINES, composition_of, key_of, parse_budget, simulate, trace_name, workload_of
 from traces.errors import InputError
 
 
@@ -29,6 +28,8 @@ def compare(
     trace or a budget cannot serve is left out with a sentence; raises InputError where none can run, and for bad input.
     """
     base = compose_config("compare", overrides, config_dir)
+    check_config(base)
+    one_of("engine", base["engine"], list(ENGINES))
     configs, left_out = _plan(base, overrides, config_dir)
     workload = workload_of(base)
     keys = [key_of(config, workload.trace) for config in configs]
@@ -47,18 +48,21 @@ def compare(
         progress(done, len(configs), what)
     stored = [key for key in keys if store.has(base["results"], key)]
     if not stored:
-        raise InputError(f"no system could run: {left_out[0]}" if left_out else "systems is empty: name at least one")
+        why = f"no system could run: {left_out[0]}" if left_out else "systems or budget is empty: name at least one"
+        raise InputError(why)
     return store.read_rows(base["results"], stored), sorted(set(left_out))
 
 
 def _plan(base: Config, overrides: Sequence[str], config_dir: str | None) -> tuple[list[Config], list[str]]:
     """Return one config per system and budget, and a sentence for each system that the trace cannot serve."""
-    known = options("system")
-    if config_dir is not None:
-        known = sorted({*known, *(file.stem for file in (Path(config_dir) / "system").glob("*.yaml"))})
+    known = options("system", config_dir)
+    if any(override.partition("=")[0] == "system" for override in overrides):
+        raise InputError("system=NAME chooses one system, but a comparison takes several: systems=[NAME,NAME]")
     systems = known if base["systems"] is None else _as_list(base["systems"])
     budgets = _as_list(base["budget"])
-    own = [override for override in overrides if override.partition("=")[0] not in ("system", "systems", "budget")]
+    for budget in budgets:
+        parse_budget(budget)
+    own = [override for override in overrides if override.partition("=")[0] not in ("systems", "budget")]
     trace = workload_of(base).trace
     configs, left_out = [], []
     for name in systems:
@@ -84,7 +88,7 @@ def _run(config: Config) -> tuple[str, str | None]:
 
 
 def _workers(jobs: Any, tasks: int) -> int:
-    if not isinstance(jobs, int) or jobs == 0 or jobs < -1:
+    if type(jobs) is not int or jobs == 0 or jobs < -1:
         raise InputError(f"jobs is {jobs!r}: it must be a number of processes, or -1 for one per core")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores if jobs == -1 else jobs, tasks))

@@ -12,13 +12,46 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from policies.system import AXES
 from traces.errors import InputError, nearest
 
 Config = dict[str, Any]
 """A composed configuration: mappings, lists, strings, numbers, booleans and None."""
+
+_TYPES = {
+    "precision": ((str,), "a text"),
+    "seed": ((int,), "a whole number of at least 0"),
+    "engine": ((str,), "a text"),
+    "drop_unused_prefetches": ((bool,), "true or false"),
+    "reupload_after_use": ((bool,), "true or false"),
+    "free_link": ((bool,), "true or false"),
+    "plugins": ((list,), "a list of packages, such as [mine]"),
+    "results": ((str,), "a folder"),
+    "json": ((bool,), "true or false"),
+    "source": ((str,), "a file"),
+    "format": ((str,), "a text"),
+    "out": ((str, type(None)), "a file"),
+    "options": ((dict,), "a mapping such as {NAME: VALUE}"),
+    "recipe": ((str,), "a text"),
+    "parameters": ((dict,), "a mapping such as {NAME: VALUE}"),
+}
+"""What the settings of all verbs may be."""
+
+_GROUPS = {
+    "trace": ("path", "tokens"),
+    "workload": ("order", "batch", "phases"),
+    "system": ("name", "ceiling"),
+    "hardware": (),
+    "model": (),
+    **dict.fromkeys(AXES, ()),
+}
+"""Groups that every run needs, with their keys; those of the others are checked where they are used."""
+
+_RUN = ("precision", "seed", "engine", "drop_unused_prefetches", "reupload_after_use", "free_link", "plugins", "results")
+_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "baseline", "jobs", "json")
+"""Settings of a run or a comparison."""
 
 
 def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
@@ -29,14 +62,16 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | N
     InputError for what Hydra refuses.
     """
     overrides = expand(overrides)
-    search = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise InputError(f"--config-dir is '{config_dir}': there is no such folder")
+    search = [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).absolute()}')}]"]
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):
         try:
             composed = compose(name, [*overrides, *search])
             config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise InputError(readable(error, name, overrides)) from error
+            raise InputError(readable(error, name, overrides, config_dir)) from error
     assert isinstance(config, dict)
     named = {str(key): value for key, value in config.items()}
     name_system(named, overrides)
@@ -49,24 +84,54 @@ def expand(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         name, _, value = override.partition("=")
         if name == "trace" and ("/" in value or value.endswith(".safetensors")):
-            expanded += ["trace=file", f"trace.path='{value}'"]
+            expanded += ["trace=file", f"trace.path={quoted(value)}"]
         else:
             expanded.append(override)
     return expanded
+
+
+def quoted(value: str) -> str:
+    """Return `value` such that Hydra reads exactly this text."""
+    return "'" + value.replace("'", "\\'") + "'"
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError where a run's or a comparison's setting is unknown, missing or of the wrong type."""
+    for name in config:
+        if name not in _KNOWN:
+            raise InputError(f"'{name}' is not a setting: {nearest(name, _KNOWN)}")
+    for group, known in _GROUPS.items():
+        if not isinstance(config.get(group), dict):
+            raise InputError(f"{group} is not chosen: it must be one of {', '.join(options(group))}")
+        for name in config[group]:
+            if known and name not in known:
+                raise InputError(f"'{group}.{name}' is not a setting: {nearest(name, known)}")
+    check_types(config)
+
+
+def check_types(config: Config) -> None:
+    """Raise InputError where a setting of any verb is of the wrong type."""
+    for name, (kinds, words) in _TYPES.items():
+        # Not isinstance, for which true is a whole number.
+        if name in config and (type(config[name]) not in kinds or (name == "seed" and config[name] < 0)):
+            raise InputError(f"{name} is {config[name]!r}: it must be {words}")
 
 
 def name_system(config: Config, overrides: Sequence[str]) -> None:
     """Name the config's system, if it has one, after itself and every part that the overrides change."""
     if "system" not in config:
         return
+    if not isinstance(config["system"], dict) or not isinstance(config["system"].get("name"), str):
+        raise InputError("system.name is missing: a file of the group system must say `system: {name: NAME}`")
     changes = [override.lstrip("+") for override in overrides if _changes_system(override)]
     config["system"]["name"] = "+".join([config["system"]["name"], *sorted(changes)])
 
 
-def options(group: str) -> list[str]:
-    """Return the names of a group's options: the files of ``conf/GROUP``."""
-    folder = resources.files("conf") / group
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def options(group: str, config_dir: str | None = None) -> list[str]:
+    """Return the names of a group's options: the files of ``conf/GROUP``, and of the same folder in `config_dir`."""
+    own = [] if config_dir is None else Path(config_dir, group).glob("*.yaml")
+    names = [entry.name for entry in (*(resources.files("conf") / group).iterdir(), *own)]
+    return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
 
 
 def groups() -> list[str]:
@@ -86,28 +151,30 @@ def _changes_system(override: str) -> bool:
     return name.partition(".")[0] in AXES or name in ("drop_unused_prefetches", "reupload_after_use", "free_link")
 
 
-def readable(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
+def readable(error: Exception, config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> str:
     """Say in one sentence what Hydra said in several lines."""
     text = str(error)
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, option = match.groups()
-        return f"{group}={option}: {group} '{option}' is unknown: {nearest(option, options(group))}"
+        return f"{group}={option}: {group} '{option}' is unknown: {nearest(option, options(group, config_dir))}"
     if match := re.search(r"Could not override '([^']+)'", text):
         path = match.group(1)
         known = [key for key in _keys_beside(path, config_name, overrides) if key != "_target_"]
         if not known:
             return f"'{path}' is not a setting: the {path.partition('.')[0]} chosen takes no parameters"
         return f"'{path}' is not a setting: {nearest(path.rpartition('.')[2], known)}"
-    if match := re.search(r"Missing mandatory value: (\S+)|missing keys?:? *\{?'?([\w.]+)", text, re.IGNORECASE):
-        return f"{match.group(1) or match.group(2)} has no value; give one: {match.group(1) or match.group(2)}=..."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value; give one: {error.full_key}=..."
     return " ".join(text.split())
 
 
 def _keys_beside(path: str, config_name: str, overrides: Sequence[str]) -> list[str]:
     """Return the keys that could have been meant by the last part of `path`."""
     good = [override for override in overrides if override.lstrip("+~").partition("=")[0] in groups()]
+    GlobalHydra.instance().clear()
     try:
-        node: Any = compose(config_name, good)
+        with initialize_config_module("conf", version_base="1.3"):
+            node: Any = compose(config_name, good)
         for part in path.split(".")[:-1]:
             node = node[part]
         return sorted(map(str, node))

@@ -16,7 +16,7 @@ import numpy as np
 
 from policies.system import AXES, Composition, build_system, find_part
 from sim import store
-from sim.config import Config, one_of, plain
+from sim.config import Config, check_config, one_of, plain
 from sim.costs import Costs, decode_layer_ns, make_costs, transfer_ns, with_free_link
 from sim.events import future_of
 from sim.hardware import make_hardware, model_spec
@@ -30,7 +30,7 @@ from traces.trace import ModelSpec
 ENGINES = {"reference": run_reference}
 """What `engine` may be."""
 
-_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "baseline", "plugins")
+_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "baseline", "json", "plugins")
 """Settings that say where or how to run, not what."""
 
 
@@ -39,6 +39,7 @@ def simulate(config: Config, *, resume: bool = True) -> dict[str, Any]:
 
     A run whose row is stored already is read back instead, unless `resume` is False. Raises InputError.
     """
+    check_config(config)
     workload = workload_of(config)
     key = key_of(config, workload.trace)
     if resume and store.has(config["results"], key):
@@ -90,14 +91,14 @@ def composition_of(config: Config) -> Composition:
 
 def workload_of(config: Config) -> Workload:
     """Return the steps to run; read once per process and trace."""
-    tokens = config["trace"].get("tokens")
-    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
-        raise InputError(f"trace.tokens is {tokens!r}: it must be a whole number of tokens, at least 1, or null")
-    return _workload(str(trace_path(config)), tokens, json.dumps(config["workload"], sort_keys=True))
+    path = trace_path(config)
+    file = path.stat() if path.is_file() else None
+    version = file and (file.st_ino, file.st_mtime_ns, file.st_size)
+    return _workload(str(path), version, trace_tokens(config), json.dumps(config["workload"], sort_keys=True))
 
 
 @lru_cache(maxsize=4)
-def _workload(path: str, tokens: int | None, arrangement: str) -> Workload:
+def _workload(path: str, version: tuple[int, ...] | None, tokens: int | None, arrangement: str) -> Workload:
     trace = load_trace(path)
     if tokens is not None:
         trace = take_tokens(trace, tokens)
@@ -111,6 +112,14 @@ def trace_path(config: Config) -> Path:
         return Path(path)
     known = bundled()
     return known[one_of("trace.path: the bundled recording", path.removeprefix("bundled:"), list(known))]
+
+
+def trace_tokens(config: Config) -> int | None:
+    """Return how many of the trace's tokens to take; None is all."""
+    tokens: int | None = config["trace"].get("tokens")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise InputError(f"trace.tokens is {tokens!r}: it must be a whole number of tokens, at least 1, or null")
+    return tokens
 
 
 def trace_name(config: Config) -> str:
@@ -128,17 +137,23 @@ def costs_of(config: Config, workload: Workload) -> tuple[Costs, ModelSpec]:
 
 def slots_of(budget: Any, model: ModelSpec, costs: Costs) -> int:
     """Return how many experts a budget holds: a fraction of all of them, or bytes (a number above 1, or ``4GB``)."""
+    number, unit_bytes = parse_budget(budget)
     all_slots = model.layers * model.experts
+    if unit_bytes is None:
+        return int(number * all_slots + 1e-9)
+    return min(all_slots, int(number * unit_bytes) // costs.expert_bytes)
+
+
+def parse_budget(budget: Any) -> tuple[float, int | None]:
+    """Return a budget's number and the bytes of its unit, None for a fraction of all experts; raises InputError."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(budget))
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(budget))
     if isinstance(budget, bool) or match is None or match.group(2).upper() not in units or float(match.group(1)) <= 0:
         raise InputError(
             f"budget is {budget!r}: it must be a fraction of all experts above 0 and at most 1, or bytes such as 4GB"
         )
     number, unit = float(match.group(1)), match.group(2).upper()
-    if number <= 1 and not unit:
-        return int(number * all_slots + 1e-9)
-    return min(all_slots, int(number * units[unit]) // costs.expert_bytes)
+    return number, None if number <= 1 and not unit else units[unit]
 
 
 def key_of(config: Config, trace: Trace) -> str:

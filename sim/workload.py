@@ -68,8 +68,8 @@ def make_workload(trace: Trace, order: str = "one_request", batch: int = 1, phas
         raise InputError(f"workload.order is '{order}': known are recorded, one_request, continuous")
     if phases not in ("all", "decode"):
         raise InputError(f"workload.phases is '{phases}': known are all, decode")
-    if batch < 1 or int(batch) != batch:
-        raise InputError(f"workload.batch is {batch}: it must be a whole number of requests, at least 1")
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise InputError(f"workload.batch is {batch!r}: it must be a whole number of requests, at least 1")
     steps = _recorded(trace) if order == "recorded" else _served(trace, batch if order == "continuous" else 1)
     if phases == "decode":
         steps = [rows for rows in steps if (trace.phase[rows] == DECODE).any()]
