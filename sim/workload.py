@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -38,16 +39,12 @@ class Workload:
 
     @cached_property
     def context(self) -> Ints:
-        """[S] tokens that attention reads in each step, over all its requests."""
-        position = self.trace.position[self.rows].astype(np.int64) + 1
-        context = np.zeros(len(self.decode), np.int64)
-        for step, (start, end) in enumerate(zip(self.offsets[:-1], self.offsets[1:], strict=True)):
-            if self.decode[step]:
-                context[step] = position[start:end].sum()
-            else:
-                last = np.r_[np.diff(self.request[start:end]) != 0, True]
-                context[step] = position[start:end][last].sum()
-        return context
+        """[S] tokens that attention reads in each step, over all its requests: each reads up to its last token once."""
+        request = self.request.tolist()
+        length = (self.trace.position[self.rows].astype(np.int64) + 1).tolist()
+        steps = pairwise(self.offsets.tolist())
+        last = (dict(zip(request[start:end], length[start:end], strict=True)) for start, end in steps)
+        return np.array([sum(lengths.values()) for lengths in last], np.int64)
 
     @cached_property
     def events(self) -> Events:
