@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.contract import Floats, Future, Ints, needs, numbers_matter, Seen, Setting
+from policies.contract import Floats, Future, Ints, Seen, Setting, needs, numbers_matter
 from policies.ranking import rank
 
 
@@ -32,7 +32,8 @@ class NoisyOracle(NamedTuple):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} is {rate}: it must lie between 0 and 1")
         assert setting.future is not None, "a setting for a policy that needs the future holds it"
-        return cls(setting.future, setting.layers, recall, false_positive_rate, setting.seed)
+        # YAML's 0 is a whole number; an array of whole numbers would cut the other rate off.
+        return cls(setting.future, setting.layers, float(recall), float(false_positive_rate), setting.seed)
 
     def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102
         event = seen.event + ahead
