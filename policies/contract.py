@@ -39,8 +39,8 @@ miss
 An **expert key** is ``layer * experts + expert``. `now` is the running number of the event (step * layers +
 layer), the only clock a policy has. Within an event the experts come in order of first appearance: token by token,
 heaviest gate weight first. Whoever runs a policy may keep a copy of it with its queues as lists
-(`policies.order.with_lists`), so a policy object that was handed over is not looked at again. A **pool** is a set of slots that compete: one for the whole device,
-or one per layer.
+(`policies.order.with_lists`), so a policy object that was handed over is not looked at again. A **pool** is a set of slots
+that compete: one for the whole device, or one per layer.
 """
 
 from __future__ import annotations

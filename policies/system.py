@@ -191,4 +191,3 @@ def _learn_nothing(seen: Seen) -> None:
 def _named(capabilities: frozenset[str]) -> str:
     texts = {"lookahead": "lookahead observations", "logits": "router logits"}
     return " and ".join(texts.get(name, name) for name in sorted(capabilities))
-

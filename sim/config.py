@@ -49,7 +49,16 @@ _GROUPS = {
 }
 """Groups that every run needs, with their keys; those of the others are checked where they are used."""
 
-_RUN = ("precision", "seed", "engine", "drop_unused_prefetches", "reupload_after_use", "free_link", "plugins", "results")
+_RUN = (
+    "precision",
+    "seed",
+    "engine",
+    "drop_unused_prefetches",
+    "reupload_after_use",
+    "free_link",
+    "plugins",
+    "results",
+)
 _KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "baseline", "jobs", "json")
 """Settings of a run or a comparison."""
 

@@ -218,7 +218,9 @@ def capacity_of(system: System, key: int) -> int:
 
 
 def _rename(ids: Any, names: Any) -> Any:
-    renamed = np.take_along_axis(np.broadcast_to(names, (len(ids), *names.shape[1:])), np.maximum(ids, 0).astype(np.int64), -1)
+    renamed = np.take_along_axis(
+        np.broadcast_to(names, (len(ids), *names.shape[1:])), np.maximum(ids, 0).astype(np.int64), -1
+    )
     return np.where(ids >= 0, renamed, -1).astype(ids.dtype)
 
 

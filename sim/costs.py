@@ -47,9 +47,7 @@ class Costs(NamedTuple):
     """Bytes of every chunk but the last."""
 
 
-def make_costs(
-    hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints, precision: str = "bf16"
-) -> Costs:
+def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints, precision: str = "bf16") -> Costs:
     """Return what `model` costs on `hardware` in steps of `tokens` [S] reading `context` [S] tokens.
 
     Experts are stored, moved and read at `precision`, everything else at bf16. Sizes are per layer and per
@@ -66,9 +64,7 @@ def make_costs(
     # Python's whole numbers: bytes times 1e9 leaves 64 bits, and a float could round the wrong way.
     attention = [
         max(
-            _ceil_divide(
-                (other_bytes + step_context * kv_bytes) * NS, model.layers * hardware.memory_bandwidth
-            ),
+            _ceil_divide((other_bytes + step_context * kv_bytes) * NS, model.layers * hardware.memory_bandwidth),
             # A bf16 parameter has two bytes and costs every token two operations: bytes count both.
             _ceil_divide(step_tokens * other_bytes * NS, model.layers * hardware.flops),
         )
@@ -134,8 +130,7 @@ def _size(model: ModelSpec, name: str) -> int:
     value: Any = getattr(model, name)
     if value is None:
         raise InputError(
-            f"model '{model.name}' does not say its {name}, which timing needs: "
-            "choose one that does with model=NAME"
+            f"model '{model.name}' does not say its {name}, which timing needs: choose one that does with model=NAME"
         )
     return int(value)
 
@@ -143,13 +138,11 @@ def _size(model: ModelSpec, name: str) -> int:
 def _expert_bytes(model: ModelSpec, precision: str) -> int:
     if not model.expert_bytes:
         raise InputError(
-            f"model '{model.name}' does not say its expert_bytes, which timing needs: "
-            "choose one that does with model=NAME"
+            f"model '{model.name}' does not say its expert_bytes, which timing needs: choose one that does with model=NAME"
         )
     if precision not in model.expert_bytes:
         raise InputError(
-            f"model '{model.name}' has no expert_bytes at precision '{precision}': "
-            f"{nearest(precision, model.expert_bytes)}"
+            f"model '{model.name}' has no expert_bytes at precision '{precision}': {nearest(precision, model.expert_bytes)}"
         )
     return int(model.expert_bytes[precision])
 

@@ -33,7 +33,7 @@ def make_events(experts: npt.NDArray[np.integer], step_offsets: Ints, expert_cou
 
     Ids of -1 (a token that used fewer than K) are left out.
     """
-    rows, layers, _ = experts.shape
+    layers = experts.shape[1]
     first_key = np.arange(layers, dtype=np.int64) * expert_count
     offsets, keys, tokens = [0], [], []
     for start, end in zip(step_offsets[:-1].tolist(), step_offsets[1:].tolist(), strict=True):

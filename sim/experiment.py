@@ -184,9 +184,7 @@ def _project_digest() -> str:
     return digest.hexdigest()
 
 
-def _identity(
-    config: Config, workload: Workload, spec: ModelSpec, costs: Costs, slots: int, run: Run
-) -> dict[str, Any]:
+def _identity(config: Config, workload: Workload, spec: ModelSpec, costs: Costs, slots: int, run: Run) -> dict[str, Any]:
     """Return the columns that say what was run."""
     trace = workload.trace
     all_slots = trace.model.layers * trace.model.experts

@@ -172,9 +172,7 @@ def _draw_bars(axis: Axes, table: pd.DataFrame, slowest: float) -> None:
                 bar.set(alpha=0.5, hatch="////", edgecolor="white")
         ends += lengths
     shared = table["rank"].str.startswith("=")
-    for place, end, speed, is_shared, is_ceiling in zip(
-        places, ends, table["tokens_per_s"], shared, ceiling, strict=True
-    ):
+    for place, end, speed, is_shared, is_ceiling in zip(places, ends, table["tokens_per_s"], shared, ceiling, strict=True):
         text = f"{_short(speed)}{' =' if is_shared else ''}"
         colour = _GREY if is_ceiling else "black"
         beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
@@ -254,9 +252,7 @@ def _short(speed: float) -> str:
 
 
 def _heading(table: pd.DataFrame, inches: float) -> str:
-    return "\n".join(
-        textwrap.wrap(setting(table), int(inches * _CHARACTERS_PER_INCH), break_on_hyphens=False)
-    )
+    return "\n".join(textwrap.wrap(setting(table), int(inches * _CHARACTERS_PER_INCH), break_on_hyphens=False))
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -144,9 +144,7 @@ def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> M
     """
     if dict(sizes) == {"name": "trace"}:
         if recorded is None:
-            raise InputError(
-                "model.name is 'trace', but there is no trace to ask: choose a model with model=NAME"
-            )
+            raise InputError("model.name is 'trace', but there is no trace to ask: choose a model with model=NAME")
         return recorded
     required = ("name", "layers", "experts", "top_k")
     _same_keys("model", sizes, required, [field.name for field in fields(ModelSpec)])
@@ -165,9 +163,7 @@ def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> M
         for precision, value in by_precision.items()
     }
     if found["top_k"] > found["experts"]:
-        raise InputError(
-            f"model.top_k is {found['top_k']}: it must be at most the {found['experts']} experts of a layer"
-        )
+        raise InputError(f"model.top_k is {found['top_k']}: it must be at most the {found['experts']} experts of a layer")
     return ModelSpec(**found)
 
 
@@ -197,13 +193,9 @@ def _curve(where: str, points: Any) -> tuple[tuple[int, int], ...]:
         size = _whole(f"{where}[{index}][0]", point[0], _POSITIVE, "bytes")
         time = _whole(f"{where}[{index}][1]", point[1], _FROM_ZERO, "ns")
         if curve and size <= curve[-1][0]:
-            raise InputError(
-                f"{where}[{index}][0] is {size}: bytes must rise, and the point before has {curve[-1][0]}"
-            )
+            raise InputError(f"{where}[{index}][0] is {size}: bytes must rise, and the point before has {curve[-1][0]}")
         if curve and time < curve[-1][1]:
-            raise InputError(
-                f"{where}[{index}][1] is {time}: time must not fall, and the point before has {curve[-1][1]}"
-            )
+            raise InputError(f"{where}[{index}][1] is {time}: time must not fall, and the point before has {curve[-1][1]}")
         curve.append((size, time))
     return tuple(curve)
 

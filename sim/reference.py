@@ -45,8 +45,10 @@ class _Engine:
         """Transfers queued, moving or paused, by key."""
         self.now = -1
         """The running event."""
-        self.needed: set[int] = set()
-        """Keys that the running event, or its running wave, still needs."""
+        self.wave: list[int] = []
+        """Keys that the running event, or its running wave, holds until `release_ns`."""
+        self.release_ns = 0
+        """When the compute stream is done with `wave`."""
         self.arrivals: list[tuple[int, int]] = []
         """(ns, key) of the awaited transfers of the running wave, in the order in which they landed."""
         self.outstanding = 0
@@ -104,10 +106,10 @@ class _Engine:
             self._close_step()
         yield env.timeout(compute - env.now)
 
-    def _serve_event(
-        self, step: int, layer: int, gate_end: int, issued: int
-    ) -> Generator[simpy.Event, None, int]:
+    def _serve_event(self, step: int, layer: int, gate_end: int, issued: int) -> Generator[simpy.Event, None, int]:
         """Decide, load and compute the experts of one (step, layer); return when the compute stream is done."""
+        if self.wave:
+            self._end_event()
         self.now = now = step * self.events.layers + layer
         start, end = self.union_starts[now], self.union_starts[now + 1]
         union = self.union_keys[start:end]
@@ -138,11 +140,15 @@ class _Engine:
                     self.waited += landed - compute
                     compute = landed
                 compute += takes[key]
-            if compute > self.env.now:
-                yield self.env.timeout(compute - self.env.now)
-            self.residency.hold(wave, FREE)
+            if number + 1 < len(waves):
+                yield self.env.timeout(max(0, compute - self.env.now))
+                self.residency.hold(wave, FREE)
+        self.wave, self.release_ns = wave, compute
         self.computed += sum(takes.values())
-        self._end_event(union)
+        if self.system.composition.reupload_after_use:
+            yield self.env.timeout(max(0, compute - self.env.now))
+            self._end_event()
+            self._reupload(union)
         return compute
 
     def _judge(self, union: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -182,7 +188,6 @@ class _Engine:
 
     def _begin_wave(self, wave: list[int], awaited: Iterable[int], absent: list[int]) -> None:
         """Hold what the wave needs and ask the link for what it lacks: what is partly here first, then in routed order."""
-        self.needed = set(wave)
         self.residency.hold(wave, HELD)
         self.arrivals = []
         self.outstanding = 0
@@ -211,21 +216,25 @@ class _Engine:
             ):
                 self._give_up(transfer)
 
-    def _end_event(self, union: list[int]) -> None:
-        """Decide what stays: nothing leaves on its own but prefetches that proved wrong, where the system says so."""
+    def _end_event(self) -> None:
+        """Let go of what the event held: when it is over and the first to care, link or next event, comes by."""
+        self.residency.hold(self.wave, FREE)
+        self.wave = []
         for key in self.to_release.pop(self.now, ()):
             prefetch = self.unused.get(key)
             if prefetch is not None and prefetch.target == self.now and key not in self.transfers:
                 self.residency.holds[key] = FREE
                 if self.system.composition.drop_unused_prefetches:
                     self._evict(key)
-        if self.system.composition.reupload_after_use:
-            for key in union:
-                if key in self.residency and key not in self.transfers:
-                    self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, refresh=True)
-                    self.link.submit_prefetch(transfer)
         if self.log is not None:
-            self._note("end", -1)
+            self.log.append((self.release_ns, "end", -1, self.now))
+
+    def _reupload(self, union: list[int]) -> None:
+        """Queue every used expert for another transfer: the device copy was spoilt by its use."""
+        for key in union:
+            if key in self.residency and key not in self.transfers:
+                self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, refresh=True)
+                self.link.submit_prefetch(transfer)
 
     # ---- prediction ------------------------------------------------------------------------------------------
 
@@ -290,6 +299,8 @@ class _Engine:
     def _make_room(self, pool: int, demand: bool) -> bool:
         """See to a free slot in `pool`: of an expert that nothing needs; for a demand also of one that was prefetched for a
         coming event, or of a paused prefetch."""
+        if self.wave and self.env.now >= self.release_ns:
+            self._end_event()
         residency = self.residency
         if len(residency.residents[pool]) < residency.capacity[pool]:
             return True
@@ -347,7 +358,7 @@ class _Engine:
             self._note("landed", key)
         if transfer.refresh:
             self.bytes["refresh"] += self.costs.expert_bytes
-        if key in self.needed:
+        if transfer.demand:
             self.arrivals.append((self.env.now, key))
             self.outstanding -= 1
             if self.outstanding == 0:

@@ -107,9 +107,7 @@ def ranking_dict(rows: pd.DataFrame) -> dict[str, Any]:
     left_out = {*LISTS, "config", *shared}
     tables = []
     for table in split(ranked(rows)):
-        systems = [
-            {name: _json(row[name]) for name in row if name not in left_out} for row in _records(table)
-        ]
+        systems = [{name: _json(row[name]) for name in row if name not in left_out} for row in _records(table)]
         head = {name: _json(value) for name, value in table.iloc[0][shared].items()}
         tables.append({"title": title(table), **head, "systems": systems})
     return {"tables": tables}
@@ -259,9 +257,7 @@ def _share_of_best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     return math.nan if best is None else float(row["tokens_per_s"] / best["tokens_per_s"])
 
 
-def _fellow(
-    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], system: str
-) -> Mapping[str, Any] | None:
+def _fellow(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], system: str) -> Mapping[str, Any] | None:
     """Return the row of `system` that is most like `row`: of its seed, engine and code where there is one."""
     found = [other for other in rows if other["system"] == system]
     alike = ("seed", "engine", "code_version")
@@ -328,9 +324,7 @@ def _groups(table: pd.DataFrame) -> list[tuple[str, list[_Column]]]:
     return groups
 
 
-def _blocks(
-    console: Console, table: pd.DataFrame, groups: Sequence[tuple[str, list[_Column]]]
-) -> Iterator[Table]:
+def _blocks(console: Console, table: pd.DataFrame, groups: Sequence[tuple[str, list[_Column]]]) -> Iterator[Table]:
     """Yield the groups side by side; those that do not fit follow in further blocks under the same names."""
     names = ("", [_Column("", list(table["rank"])), _Column("system", list(table["label"]))])
     # Asked without a limit, for else the measure is cut at the console's width.
@@ -377,9 +371,7 @@ def _group(table: pd.DataFrame, title: str, columns: Sequence[_Column]) -> Group
     for place in np.flatnonzero(~ceiling):
         inner.add_row(*(Text(column.cells[place]) for column in columns))
     if ceiling.any():
-        inner.add_row(
-            *(Text("ceilings:" if column.header == "system" else "", style="dim") for column in columns)
-        )
+        inner.add_row(*(Text("ceilings:" if column.header == "system" else "", style="dim") for column in columns))
     for place in np.flatnonzero(ceiling):
         inner.add_row(*(Text(column.cells[place], style="dim") for column in columns))
     return Group(Text(title, style="bold", justify="center"), inner)

@@ -152,9 +152,7 @@ def write_atomically(path: Path, content: bytes | pa.Buffer) -> None:
         temporary.unlink(missing_ok=True)
 
 
-_NEVER_NULL = tuple(
-    field.name for field in SCHEMA if field.type in (_INT, _FLAG) or field.name in (*LISTS, "key")
-)
+_NEVER_NULL = tuple(field.name for field in SCHEMA if field.type in (_INT, _FLAG) or field.name in (*LISTS, "key"))
 """Columns without a value for "unknown": a null would turn whole numbers into fractions."""
 
 
@@ -172,9 +170,7 @@ def _files(directory: str | os.PathLike[str], keys: Iterable[str] | None) -> lis
         files = [_path(directory, key) for key in dict.fromkeys(keys)]
         absent = [path.stem for path in files if not path.is_file()]
         if absent:
-            raise InputError(
-                f"{directory}: {len(absent)} of {len(files)} results are not stored, the first is {absent[0]}"
-            )
+            raise InputError(f"{directory}: {len(absent)} of {len(files)} results are not stored, the first is {absent[0]}")
     if not files:
         raise InputError(f"{directory}: no results: there is no file rows/*.parquet")
     return files

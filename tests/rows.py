@@ -74,9 +74,7 @@ def make_row(
         "seed": seed,
         "engine": "fast",
         "code_version": "0.1.0",
-        "config": json.dumps(
-            {"hardware": {"link": {"gbps": 55.0, "tag": "measured"}, "host": {"tag": "assumed"}}}
-        ),
+        "config": json.dumps({"hardware": {"link": {"gbps": 55.0, "tag": "measured"}, "host": {"tag": "assumed"}}}),
         "device_bytes_peak": int(budget * EXPERTS_BYTES) + 3_000_000_000,
         "note": "",
         "tokens_per_s": 1e3 / tpot,

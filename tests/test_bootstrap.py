@@ -42,9 +42,7 @@ def test_the_interval_is_the_known_one():
 @settings(max_examples=40, deadline=None)
 def test_a_system_never_differs_from_itself(requests):
     tokens, time = (list(values) for values in zip(*requests, strict=True))
-    assert compare_speed(row(tokens, time), row(tokens, time)) == Comparison(
-        1.0, 1.0, 1.0, False, len(tokens), ""
-    )
+    assert compare_speed(row(tokens, time), row(tokens, time)) == Comparison(1.0, 1.0, 1.0, False, len(tokens), "")
 
 
 @given(requests_of_a_row)

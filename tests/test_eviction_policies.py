@@ -112,9 +112,7 @@ def test_lru_serves_the_golden_case() -> None:
         (Belady, 2, [0, 1, 2, 0, 1], [(2, 1), (4, 0)]),
     ],
 )
-def test_evicts_who_the_rule_says(
-    policy: Any, slots: int, keys: list[int], left: list[tuple[int, int]]
-) -> None:
+def test_evicts_who_the_rule_says(policy: Any, slots: int, keys: list[int], left: list[tuple[int, int]]) -> None:
     assert evictions(policy, one_expert_each(keys), slots) == left
 
 
@@ -237,9 +235,7 @@ def test_asking_in_vain_changes_nothing(policy: Any) -> None:
     st.integers(1, 4),
     st.lists(st.tuples(st.integers(0, 11), st.booleans(), st.integers(FREE, HELD)), max_size=80),
 )
-def test_victims_are_residents_that_may_leave(
-    policy: Any, slots: int, calls: list[tuple[int, bool, int]]
-) -> None:
+def test_victims_are_residents_that_may_leave(policy: Any, slots: int, calls: list[tuple[int, bool, int]]) -> None:
     setting = a_setting(slots, layers=2)
     residency = Residency(policy.build(setting), setting)
     for now, (key, is_use, hold) in enumerate(calls):
@@ -314,9 +310,7 @@ def test_s3fifo_bounds_its_ghosts(steps: list[set[int]], slots: int) -> None:
 
 @given(unions, st.integers(1, 8), st.sampled_from(POLICIES), st.sampled_from([one_pool, pool_per_layer]))
 @settings(max_examples=300)
-def test_no_policy_misses_less_than_belady(
-    steps: list[set[int]], slots: int, policy: Any, pools: Any
-) -> None:
+def test_no_policy_misses_less_than_belady(steps: list[set[int]], slots: int, policy: Any, pools: Any) -> None:
     events = one_key_events(events_of(steps, layers=2))
     setting = pools(events, slots, future_of(events))
     bound = replay(Belady.build(setting), setting, events).misses

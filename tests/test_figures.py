@@ -42,9 +42,7 @@ def test_drawing_neither_heeds_nor_changes_the_settings(tmp_path):
 
 
 def test_drawing_does_not_load_pyplot():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sim.figures, sys; sys.exit('matplotlib.pyplot' in sys.modules)"]
-    )
+    done = subprocess.run([sys.executable, "-c", "import sim.figures, sys; sys.exit('matplotlib.pyplot' in sys.modules)"])
     assert done.returncode == 0
 
 
@@ -67,18 +65,14 @@ def test_only_ceilings_are_hatched(tmp_path, drawn):
 
 
 def test_shared_ranks_are_marked(tmp_path, drawn):
-    ranking_figure(
-        pd.DataFrame([make_row("a"), make_row("b"), make_row("c", wait=90)]), tmp_path / "ranking.png"
-    )
+    ranking_figure(pd.DataFrame([make_row("a"), make_row("b"), make_row("c", wait=90)]), tmp_path / "ranking.png")
     (axis,) = drawn[0].axes
     assert [text.get_text() for text in axis.texts] == ["14.1 =", "14.1 =", "9.9"]
 
 
 @pytest.mark.parametrize("budgets", [1, 3])
 def test_there_is_a_panel_per_budget_on_one_scale(tmp_path, drawn, budgets):
-    ranking_figure(
-        make_table(budgets=[0.1 * (place + 1) for place in range(budgets)]), tmp_path / "ranking.png"
-    )
+    ranking_figure(make_table(budgets=[0.1 * (place + 1) for place in range(budgets)]), tmp_path / "ranking.png")
     panels = [axis for axis in drawn[0].axes if axis.axison]
     assert len(panels) == budgets
     assert len({axis.get_xlim() for axis in panels}) == 1
@@ -98,9 +92,7 @@ def test_a_line_per_system_runs_over_the_budgets(tmp_path, drawn):
 
 def test_twenty_one_systems_and_five_ceilings_look_different(tmp_path, drawn):
     rows = [
-        make_row(f"s{place}", wait=20 + place, budget=part, ceiling=place > 20)
-        for place in range(26)
-        for part in (0.2, 0.4)
+        make_row(f"s{place}", wait=20 + place, budget=part, ceiling=place > 20) for place in range(26) for part in (0.2, 0.4)
     ]
     budget_figure(pd.DataFrame(rows), tmp_path / "budget.png")
     lines = drawn[0].axes[0].get_lines()
@@ -131,9 +123,7 @@ def test_no_text_covers_another_or_leaves_the_figure(tmp_path, drawn, draw):
         for place in range(15)
         for part in (0.1, 0.2, 0.3)
     ]
-    rows = pd.DataFrame(long + make_rows(budgets=(0.1, 0.2, 0.3))).assign(
-        trace_kind="synthetic", model="another-model"
-    )
+    rows = pd.DataFrame(long + make_rows(budgets=(0.1, 0.2, 0.3))).assign(trace_kind="synthetic", model="another-model")
     draw(rows, tmp_path / "figure.png")
     (figure,) = drawn
     renderer = figure.canvas.get_renderer()
@@ -148,9 +138,7 @@ def test_no_text_covers_another_or_leaves_the_figure(tmp_path, drawn, draw):
     texts += [text for legend in figure.legends for text in legend.get_texts()]
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text().strip()]
     for place, (text, box) in enumerate(boxes):
-        assert (box.x0 >= 0, box.y0 >= 0, box.x1 <= figure.bbox.x1, box.y1 <= figure.bbox.y1) == (
-            True,
-        ) * 4, text
+        assert (box.x0 >= 0, box.y0 >= 0, box.x1 <= figure.bbox.x1, box.y1 <= figure.bbox.y1) == (True,) * 4, text
         covered = [other for other, its in boxes[place + 1 :] if covers(box, its)]
         # The warning stands in the heading's first line, which is empty.
         assert [other for other in covered if not other.startswith("SYNTHETIC")] == [], text
@@ -158,7 +146,4 @@ def test_no_text_covers_another_or_leaves_the_figure(tmp_path, drawn, draw):
 
 def covers(one, other):
     """Whether two boxes share more than a pixel."""
-    return (
-        min(one.x1, other.x1) - max(one.x0, other.x0) > 1
-        and min(one.y1, other.y1) - max(one.y0, other.y0) > 1
-    )
+    return min(one.x1, other.x1) - max(one.x0, other.x0) > 1 and min(one.y1, other.y1) - max(one.y0, other.y0) > 1

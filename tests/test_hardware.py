@@ -103,14 +103,12 @@ def test_tags_are_counted():
         (
             "link.chunk_bytes.source",
             None,
-            "hardware.link.chunk_bytes.source is missing: "
-            "hardware.link.chunk_bytes needs value, unit, tag, source",
+            "hardware.link.chunk_bytes.source is missing: hardware.link.chunk_bytes needs value, unit, tag, source",
         ),
         (
             "link.chunk_bytes.tag",
             "measurd",
-            "hardware.link.chunk_bytes.tag is 'measurd': "
-            "did you mean 'measured'? known: assumed, datasheet, measured",
+            "hardware.link.chunk_bytes.tag is 'measurd': did you mean 'measured'? known: assumed, datasheet, measured",
         ),
         ("link.chunk_bytes.unit", "MB", "hardware.link.chunk_bytes.unit is 'MB': it must be 'bytes'"),
         (
@@ -186,9 +184,7 @@ def test_the_document_shows_every_constant(name):
 
 
 def test_the_document_s_fit_is_what_the_profile_holds():
-    code, printed = re.search(
-        r"```python\n(.*?)```\n+```text\n(.*?)```", DOCUMENT.read_text(), re.DOTALL
-    ).groups()
+    code, printed = re.search(r"```python\n(.*?)```\n+```text\n(.*?)```", DOCUMENT.read_text(), re.DOTALL).groups()
     output = io.StringIO()
     fitted = {}
     with contextlib.redirect_stdout(output):

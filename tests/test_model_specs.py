@@ -60,8 +60,7 @@ OTHER = {
         48 * 2 * 4 * 128,
     ),
     "qwen1_5_moe_a2_7b": (
-        24 * (attention(2048, 16, 16, 128) + 3 * 2048 + 3 * 2048 * 5632 + 2048 + 60 * 2048 + 2 * 2048)
-        + ends(2048, 151936),
+        24 * (attention(2048, 16, 16, 128) + 3 * 2048 + 3 * 2048 * 5632 + 2048 + 60 * 2048 + 2 * 2048) + ends(2048, 151936),
         24 * 2 * 16 * 128,
     ),
     "deepseek_v2_lite": (
@@ -188,7 +187,5 @@ def test_bad_sizes_are_refused_in_one_sentence(key, value, sentence):
 
 
 def test_a_field_that_is_missing_is_named():
-    with pytest.raises(
-        InputError, match=r"^model\.top_k is missing: model needs name, layers, experts, top_k$"
-    ):
+    with pytest.raises(InputError, match=r"^model\.top_k is missing: model needs name, layers, experts, top_k$"):
         model_spec({"name": "any", "layers": 2, "experts": 8})

@@ -58,11 +58,7 @@ def test_a_notebook_is_committed_without_outputs_and_in_one_form(path):
     text = path.read_text()
     notebook = json.loads(text)
     assert json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n" == text
-    assert {type(cell["source"]) for cell in notebook["cells"]} == {
-        list
-    }  # a line of source is a line of the file
+    assert {type(cell["source"]) for cell in notebook["cells"]} == {list}  # a line of source is a line of the file
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert [(cell["outputs"], cell["execution_count"], cell["metadata"]) for cell in code] == [
-        ([], None, {})
-    ] * len(code)
+    assert [(cell["outputs"], cell["execution_count"], cell["metadata"]) for cell in code] == [([], None, {})] * len(code)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"

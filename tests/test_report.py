@@ -100,11 +100,7 @@ def test_rows_of_one_system_are_told_apart_by_what_differs():
 
 
 def test_a_row_is_compared_with_the_lru_of_its_own_seed():
-    rows = [
-        make_row(name, wait=wait, seed=seed, noise=0.3)
-        for name, wait in (("lru", 60), ("a", 30))
-        for seed in (0, 1)
-    ]
+    rows = [make_row(name, wait=wait, seed=seed, noise=0.3) for name, wait in (("lru", 60), ("a", 30)) for seed in (0, 1)]
     table = ranked(pd.DataFrame(rows)).set_index(["system", "seed"])
     for seed in (0, 1):
         speeds = table.loc[("a", seed), "tokens_per_s"] / table.loc[("lru", seed), "tokens_per_s"]
@@ -206,9 +202,7 @@ def test_notes_stand_below_the_table():
     assert "lru: ran in waves" in printed(pd.DataFrame([make_row("lru", note="ran in waves")]))
 
 
-@pytest.mark.parametrize(
-    "show", [printed, ranking_markdown, lambda rows: ranking_dict(rows)["tables"][0]["title"][0]]
-)
+@pytest.mark.parametrize("show", [printed, ranking_markdown, lambda rows: ranking_dict(rows)["tables"][0]["title"][0]])
 def test_synthetic_routing_is_said_first(show):
     rows = make_table(budgets=(0.25,))
     assert "SYNTHETIC ROUTING" not in show(rows)

@@ -402,9 +402,7 @@ def test_another_program_s_safetensors_file_is_refused(path):
 
 def test_a_hole_between_arrays_is_refused(saved):
     header, data = parts(saved)
-    last = max(
-        (entry for name, entry in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"]
-    )
+    last = max((entry for name, entry in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"])
     last["data_offsets"] = [offset + 8 for offset in last["data_offsets"]]
     write(saved, header, data + bytes(8))
     assert "leaves a hole before it" in rejection(saved)
@@ -435,9 +433,7 @@ def test_a_huge_header_is_refused(path):
     assert "not a .safetensors trace" in rejection(path)
 
 
-@pytest.mark.parametrize(
-    "text", [b"{" * 50_000, b'{"a": }', b'{"a": 1, "a": 1}', b'{"\xff": 1}', b'{"a": NaN}x']
-)
+@pytest.mark.parametrize("text", [b"{" * 50_000, b'{"a": }', b'{"a": 1, "a": 1}', b'{"\xff": 1}', b'{"a": NaN}x'])
 def test_a_header_that_is_not_json_is_refused(path, text):
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     assert "the header is not valid JSON" in rejection(path)

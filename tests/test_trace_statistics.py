@@ -237,9 +237,7 @@ def test_statistics_are_json_and_tables():
     text = text_of(found)
     assert "SYNTHETIC" in text
     assert "foretold" in text
-    assert "foretold" not in text_of(inspect_trace(routed([0, 1], [0, 2]))), (
-        "no lookahead, no table of recall"
-    )
+    assert "foretold" not in text_of(inspect_trace(routed([0, 1], [0, 2]))), "no lookahead, no table of recall"
 
 
 def test_statistics_of_a_single_token():

@@ -127,9 +127,7 @@ def mean_of_requests(trace, measure):
 @pytest.fixture(scope="module")
 def deepseek():
     """Prompts of 100 tokens, the mean length of the 700 published ones."""
-    return synthesize(
-        **CALIBRATED["deepseek_v2_lite"], requests=24, prefill_tokens=100, decode_tokens=0, seed=5
-    )
+    return synthesize(**CALIBRATED["deepseek_v2_lite"], requests=24, prefill_tokens=100, decode_tokens=0, seed=5)
 
 
 def test_deepseek_overlap(deepseek):

@@ -103,16 +103,12 @@ def _check_model(name: str, model: ModelSpec) -> None:
     if model.experts > MOST_EXPERTS:
         raise InputError(f"{name}: model.experts is {model.experts}; at most {MOST_EXPERTS} can be numbered")
     if model.top_k > model.experts:
-        raise InputError(
-            f"{name}: model.top_k is {model.top_k}; it must be at most model.experts, {model.experts}"
-        )
+        raise InputError(f"{name}: model.top_k is {model.top_k}; it must be at most model.experts, {model.experts}")
     for field in ("hidden_size", "expert_width", "other_bytes", "kv_bytes_per_token"):
         if getattr(model, field) is not None:
             _check_size(name, f"model.{field}", getattr(model, field), least=0 if "bytes" in field else 1)
     if not isinstance(model.expert_bytes, Mapping):
-        raise InputError(
-            f"{name}: model.expert_bytes must map a precision to bytes, e.g. {{'bf16': 12582912}}"
-        )
+        raise InputError(f"{name}: model.expert_bytes must map a precision to bytes, e.g. {{'bf16': 12582912}}")
     for precision, size in model.expert_bytes.items():
         if not isinstance(precision, str):
             raise InputError(f"{name}: model.expert_bytes has the key {precision!r}; a precision is a text")
@@ -130,9 +126,7 @@ def _check_provenance(name: str, provenance: Provenance) -> None:
         raise InputError(f"{name}: provenance.kind is {provenance.kind!r}; {hint}")
     for field in ("source", "made_by"):
         if not isinstance(getattr(provenance, field), str):
-            raise InputError(
-                f"{name}: provenance.{field} is {getattr(provenance, field)!r}; it must be a text"
-            )
+            raise InputError(f"{name}: provenance.{field} is {getattr(provenance, field)!r}; it must be a text")
     if not isinstance(provenance.details, Mapping):
         raise InputError(f"{name}: provenance.details must map names to JSON values")
 
@@ -140,9 +134,7 @@ def _check_provenance(name: str, provenance: Provenance) -> None:
 def _check_domains(name: str, domains: tuple[str, ...]) -> None:
     for request, domain in enumerate(domains):
         if not isinstance(domain, str):
-            raise InputError(
-                f"{name}: domains[{request}] is {domain!r}; a domain is a text, '' where unknown"
-            )
+            raise InputError(f"{name}: domains[{request}] is {domain!r}; a domain is a text, '' where unknown")
 
 
 def _check_shapes(name: str, model: ModelSpec, arrays: Mapping[str, Array]) -> None:
@@ -164,9 +156,7 @@ def _check_shapes(name: str, model: ModelSpec, arrays: Mapping[str, Array]) -> N
     for field in ("experts", "lookahead_experts"):
         if field in arrays and arrays[field].dtype.itemsize < expert_dtype(model.experts).itemsize:
             wanted = expert_dtype(model.experts)
-            raise InputError(
-                f"{name}: {field} is {arrays[field].dtype}; {model.experts} experts need {wanted}"
-            )
+            raise InputError(f"{name}: {field} is {arrays[field].dtype}; {model.experts} experts need {wanted}")
 
 
 def _check_array(name: str, field: str, array: Array, sizes: Mapping[str, int]) -> None:
@@ -181,9 +171,7 @@ def _check_array(name: str, field: str, array: Array, sizes: Mapping[str, int]) 
 
 def _check_lookahead_sizes(name: str, model: ModelSpec, depth: int, ranked: int) -> None:
     if not 1 <= depth < max(model.layers, 2):
-        raise InputError(
-            f"{name}: lookahead_experts has depth {depth}; it must be 1 to {max(model.layers - 1, 1)} layers"
-        )
+        raise InputError(f"{name}: lookahead_experts has depth {depth}; it must be 1 to {max(model.layers - 1, 1)} layers")
     least = min(2 * model.top_k, model.experts)
     if not least <= ranked <= model.experts:
         raise InputError(
@@ -213,9 +201,7 @@ def _check_range(name: str, field: str, values: Array, most: int, allowed: str) 
     bad = np.flatnonzero((values < 0) | (values > most))
     if len(bad):
         token = int(bad[0])
-        raise InputError(
-            f"{name}: {field}[token {token}] is {values[token]}; allowed are {allowed}, 0 to {most}"
-        )
+        raise InputError(f"{name}: {field}[token {token}] is {values[token]}; allowed are {allowed}, 0 to {most}")
 
 
 def _check_requests(name: str, trace: Trace) -> None:
@@ -349,9 +335,7 @@ def _check_ranked(block: _Block, field: str, values: Array, ids: Array) -> None:
     if risen.any():
         wide = values.astype(np.float32)
         risen[..., 1:] = wide[..., 1:] > wide[..., :-1] * (1 + _ROUNDING[values.dtype.name]) + 1e-7
-        block.reject(
-            field, values, risen, "it exceeds the rank before, and ranks must be in descending order"
-        )
+        block.reject(field, values, risen, "it exceeds the rank before, and ranks must be in descending order")
     absent = ids == -1
     if absent.any():
         block.reject(field, values, absent & (values != 0), "it must be 0 where there is no expert")

@@ -148,10 +148,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
     if len(head) < 9 or length > HEADER_LIMIT or head[8:] != b"{":
         raise InputError(_foreign(path, head))
     if 8 + length > size:
-        raise InputError(
-            f"{path}: the file is truncated: its header has {length:,} bytes, the file {size:,};"
-            " copy it again"
-        )
+        raise InputError(f"{path}: the file is truncated: its header has {length:,} bytes, the file {size:,}; copy it again")
     try:
         header = json.loads(b"{" + file.read(length - 1), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -217,8 +214,7 @@ def _place(path: Path, name: str, entry: object) -> _Place:
     claimed = math.prod(shape) * dtype.itemsize
     if claimed != end - begin:
         raise InputError(
-            f"{path}: '{name}' of shape {shape} needs {claimed:,} bytes,"
-            f" but its data_offsets span {end - begin:,}"
+            f"{path}: '{name}' of shape {shape} needs {claimed:,} bytes, but its data_offsets span {end - begin:,}"
         )
     return dtype, tuple(shape), begin, end
 
@@ -233,9 +229,7 @@ def _check_layout(path: Path, places: Mapping[str, _Place], data_bytes: int) -> 
     for name, (_, _, begin, end) in sorted(places.items(), key=lambda item: item[1][2:]):
         if begin != reached:
             fault = "overlaps the array before it" if begin < reached else "leaves a hole before it"
-            raise InputError(
-                f"{path}: '{name}' {fault}: it begins at byte {begin:,}, and must at {reached:,}"
-            )
+            raise InputError(f"{path}: '{name}' {fault}: it begins at byte {begin:,}, and must at {reached:,}")
         reached = end
     if reached > data_bytes:
         raise InputError(
@@ -243,6 +237,4 @@ def _check_layout(path: Path, places: Mapping[str, _Place], data_bytes: int) -> 
             f" and {data_bytes:,} are there; copy it again"
         )
     if reached < data_bytes:
-        raise InputError(
-            f"{path}: {data_bytes - reached:,} trailing bytes follow the last array, and none may"
-        )
+        raise InputError(f"{path}: {data_bytes - reached:,} trailing bytes follow the last array, and none may")

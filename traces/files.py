@@ -113,8 +113,7 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         )
     if metadata["foregate_trace"] != SCHEMA:
         raise InputError(
-            f"{path}: the schema version is '{metadata['foregate_trace']}';"
-            f" this program reads version '{SCHEMA}'"
+            f"{path}: the schema version is '{metadata['foregate_trace']}'; this program reads version '{SCHEMA}'"
         )
     for name in metadata:
         if name not in _METADATA:
@@ -152,9 +151,7 @@ def _record(path: Path, name: str, metadata: Mapping[str, str], kind: type[_Reco
     found = _from_json(path, name, metadata)
     known = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(found, dict):
-        raise InputError(
-            f"{path}: the metadata '{name}' must be a JSON object with {', '.join(sorted(known))}"
-        )
+        raise InputError(f"{path}: the metadata '{name}' must be a JSON object with {', '.join(sorted(known))}")
     for field in found:
         if field not in known:
             raise InputError(f"{path}: unknown field '{name}.{field}'; {nearest(field, known)}")

@@ -162,9 +162,7 @@ def inspect_trace(
     )
 
 
-def _check_options(
-    layers: int, sampled: Sequence[int], fractions: Sequence[float], lags: Sequence[int]
-) -> None:
+def _check_options(layers: int, sampled: Sequence[int], fractions: Sequence[float], lags: Sequence[int]) -> None:
     for layer in sampled:
         if not 0 <= layer < layers:
             raise InputError(f"layers: {layer} is none of this trace's; they are 0 to {layers - 1}")
@@ -265,9 +263,7 @@ def _recall_at(depth: int, predicted: Array, routed: _Bits, experts: int) -> tup
     return _shares(found.sum(axis=0), wanted.sum(axis=0)) + (None,) * depth
 
 
-def cache_curves(
-    trace: Trace, layers: Sequence[int], fractions: Sequence[float] = FRACTIONS, seed: int = 0
-) -> CacheCurves:
+def cache_curves(trace: Trace, layers: Sequence[int], fractions: Sequence[float] = FRACTIONS, seed: int = 0) -> CacheCurves:
     """Return what one cache per layer would hit, for LRU, for Belady and for LRU on random routing."""
     experts = trace.model.experts
     slots = tuple(max(1, round(fraction * experts)) for fraction in fractions)

@@ -111,9 +111,7 @@ def synthesize(*, seed: int = 0, **parameters: Any) -> Trace:
     popularity = np.random.default_rng(shared).standard_normal((recipe.layers, recipe.experts), np.float32)
     popularity *= np.float32(recipe.popularity_spread)
     parts = [
-        block
-        for request_seed in seeds
-        for block in _request_blocks(recipe, popularity, np.random.default_rng(request_seed))
+        block for request_seed in seeds for block in _request_blocks(recipe, popularity, np.random.default_rng(request_seed))
     ]
     trace = Trace(
         model=ModelSpec(
@@ -140,9 +138,7 @@ def _recipe(parameters: Mapping[str, Any]) -> Recipe:
     for name in parameters:
         if name not in known:
             raise InputError(f"synthesize: unknown parameter '{name}'; {nearest(name, [*known, 'seed'])}")
-    given: dict[str, Any] = {
-        name: tuple(value) if _is_list(value) else value for name, value in parameters.items()
-    }
+    given: dict[str, Any] = {name: tuple(value) if _is_list(value) else value for name, value in parameters.items()}
     recipe = Recipe(**given)
     _check_counts(recipe)
     _check_reals(recipe)
@@ -159,22 +155,17 @@ def _check_counts(recipe: Recipe) -> None:
     for name in (*least, "prefill_tokens", "decode_tokens", "lookahead_depth"):
         value = getattr(recipe, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least.get(name, 0):
-            raise InputError(
-                f"synthesize: {name} is {value!r}; it must be a whole number of at least {least.get(name, 0)}"
-            )
+            raise InputError(f"synthesize: {name} is {value!r}; it must be a whole number of at least {least.get(name, 0)}")
     if recipe.top_k > recipe.experts:
         raise InputError(f"synthesize: top_k is {recipe.top_k}; it must be at most experts, {recipe.experts}")
     if recipe.prefill_tokens + recipe.decode_tokens == 0:
         raise InputError("synthesize: prefill_tokens and decode_tokens are 0; a request needs a token")
     least_width, width = min(2 * recipe.top_k, recipe.experts), recipe.lookahead_width
     if width is not None and not (isinstance(width, int) and least_width <= width <= recipe.experts):
-        raise InputError(
-            f"synthesize: lookahead_width is {width!r}; it must be {least_width} to {recipe.experts}"
-        )
+        raise InputError(f"synthesize: lookahead_width is {width!r}; it must be {least_width} to {recipe.experts}")
     if recipe.lookahead_depth >= recipe.layers:
         raise InputError(
-            f"synthesize: lookahead_depth is {recipe.lookahead_depth}; it must be below the"
-            f" {recipe.layers} layers"
+            f"synthesize: lookahead_depth is {recipe.lookahead_depth}; it must be below the {recipe.layers} layers"
         )
 
 
@@ -204,9 +195,7 @@ def _strength(recipe: Recipe) -> _Floats:
     return strength
 
 
-def _request_blocks(
-    recipe: Recipe, popularity: _Floats, rng: np.random.Generator
-) -> Iterator[dict[str, Array]]:
+def _request_blocks(recipe: Recipe, popularity: _Floats, rng: np.random.Generator) -> Iterator[dict[str, Array]]:
     """Yield the routing of one request's tokens, block by block."""
     shape = (recipe.layers, recipe.experts)
     lasting = popularity + np.float32(recipe.request_spread) * rng.standard_normal(shape, np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from policies.contract import Future, Ints, needs, Setting
+from policies.contract import Future, Ints, Setting, needs
 
 
 @needs("future")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.contract import Floats, Ints, needs, Seen, Setting
+from policies.contract import Floats, Ints, Seen, Setting, needs
 from policies.ranking import rank
 
 

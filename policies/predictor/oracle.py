@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from policies.contract import Floats, Future, Ints, needs, Seen, Setting
+from policies.contract import Floats, Future, Ints, Seen, Setting, needs
 
 
 @needs("future")

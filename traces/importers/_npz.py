@@ -96,9 +96,7 @@ class NpzArchive:
 
     def _header(self, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
         if name not in self._headers:
-            raise InputError(
-                f"{self.path}: the array '{name}' is missing; the archive has {', '.join(self.names())}"
-            )
+            raise InputError(f"{self.path}: the array '{name}' is missing; the archive has {', '.join(self.names())}")
         return self._headers[name]
 
     def _check(self, max_bytes: int) -> None:
@@ -111,8 +109,7 @@ class NpzArchive:
             total += entry.file_size
             if total > max_bytes:
                 raise InputError(
-                    f"{self.path}: its arrays claim more than {max_bytes:,} bytes unpacked;"
-                    " raise max_bytes if that is right"
+                    f"{self.path}: its arrays claim more than {max_bytes:,} bytes unpacked; raise max_bytes if that is right"
                 )
             if entry.file_size > max(SMALL, RATIO_LIMIT * entry.compress_size):
                 raise InputError(
@@ -123,9 +120,7 @@ class NpzArchive:
                 raise InputError(f"{self.path}: the array '{name}' is there twice; each must be there once")
             self._headers[name] = self._read_header(name, entry)
 
-    def _read_header(
-        self, name: str, entry: zipfile.ZipInfo
-    ) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    def _read_header(self, name: str, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
         try:
             with self._archive.open(entry) as file:
                 shape, fortran, dtype = _read_npy_header(file)

@@ -158,8 +158,7 @@ def _read_position(archive: NpzArchive, about: _About, offsets: Array) -> Array:
     for index, one in enumerate(about.sequences(len(lengths))):
         if "tokens" in one and one["tokens"] != lengths[index]:
             raise InputError(
-                f"{archive.path}: meta.sequences[{index}].tokens is {one['tokens']!r};"
-                f" offsets give {lengths[index]}"
+                f"{archive.path}: meta.sequences[{index}].tokens is {one['tokens']!r}; offsets give {lengths[index]}"
             )
         at = _whole(archive.path, f"meta.sequences[{index}].pos0", one.get("pos0", 0))
         if at + int(lengths[index]) > _LAST_POSITION:
@@ -192,9 +191,7 @@ def _domains(archive: NpzArchive, about: _About, count: int) -> tuple[str, ...]:
         names = archive.read("domain_names", "U", 1)
         chosen = archive.read("seq_domain", "iu", 1)
         if len(chosen) != count or chosen.min() < 0 or chosen.max() >= len(names):
-            raise InputError(
-                f"{archive.path}: 'seq_domain' must give each of {count} requests one of {len(names)} domains"
-            )
+            raise InputError(f"{archive.path}: 'seq_domain' must give each of {count} requests one of {len(names)} domains")
         try:
             return tuple(str(names[index]) for index in chosen)
         except ValueError as error:
@@ -241,9 +238,7 @@ def _read_lookahead(archive: NpzArchive, model: ModelSpec) -> dict[str, Any]:
         return {}
     # With more than 255 experts, 255 is an expert: such a file would mean something else by it.
     if model.experts > _NO_PREDICTION:
-        raise InputError(
-            f"{archive.path}: 'cross_ids' means no prediction by 255, and cannot with {model.experts} experts"
-        )
+        raise InputError(f"{archive.path}: 'cross_ids' means no prediction by 255, and cannot with {model.experts} experts")
     ids = _read_ids(archive, "cross_ids", 4, model.experts, missing=_NO_PREDICTION)
     scores = _read_floats(archive, "cross_scores", 4).astype(np.float16)
     if scores.shape != ids.shape:
