@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -163,11 +162,10 @@ def key_of(config: Config, trace: Trace) -> str:
     return hashlib.sha256(json.dumps([what, _code_digest(config)], sort_keys=True).encode()).hexdigest()
 
 
-def _code_digest(config: Mapping[str, Any]) -> str:
+def _code_digest(config: Config) -> str:
     """Return a hash over the sources that decide a result: policies, memory model, and policies of the user's own."""
     digest = hashlib.sha256(_project_digest().encode())
-    for axis in AXES:
-        cls, _ = find_part(axis, config[axis], tuple(config["plugins"]))
+    for cls, _ in composition_of(config).parts.values():
         source = sys.modules[cls.__module__].__file__
         if source is not None and not cls.__module__.startswith("policies."):
             digest.update(Path(source).read_bytes())

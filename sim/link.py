@@ -36,8 +36,8 @@ class Transfer:
 class Link:
     """Serial link of a simulated device; `env` is a SimPy environment whose clock counts whole nanoseconds.
 
-    `start(transfer)` is asked when a transfer is about to move its first chunk; it reserves the slot and returns whether
-    there is one (a demand is always given one). `landed(transfer)` is told when its last chunk arrived, `pause(transfer)`
+    `start(transfer, ns)` is asked when a transfer is about to move its first chunk at `ns`; it reserves the slot and returns whether
+    there is one (a demand is always given one). `landed(transfer, ns)` is told that its last chunk arrived at `ns`, `pause(transfer)`
     when a prefetch gives way to a demand at a chunk's end; it returns whether the prefetch is to go on later.
     """
 
@@ -45,8 +45,8 @@ class Link:
         self,
         env: Any,
         costs: Costs,
-        start: Callable[[Transfer], bool],
-        landed: Callable[[Transfer], None],
+        start: Callable[[Transfer, int], bool],
+        landed: Callable[[Transfer, int], None],
         pause: Callable[[Transfer], bool],
     ) -> None:
         self.env = env
@@ -56,34 +56,29 @@ class Link:
         self._start, self._landed, self._pause = start, landed, pause
         self.demand: deque[Transfer] = deque()
         self.prefetch: deque[Transfer] = deque()
+        self.train: list[tuple[int, Transfer]] = []
+        """Demands that are being served in a row, with the time at which each lands."""
         self.moving: Transfer | None = None
-        """The transfer that the link is busy with."""
+        """The transfer that the link is busy with; of a train the last."""
         self.busy_ns = 0
         """Time spent moving bytes, counted when a transfer ends or pauses."""
         self.moving_since = 0
         self._alarm: Timeout | None = None
         """The timeout that counts; older ones were overtaken by a pause."""
 
-    def submit_demand(self, transfer: Transfer) -> None:
-        """Queue a demand load; a prefetch on the link gives way at the end of its chunk."""
-        self.demand.append(transfer)
+    def go(self) -> None:
+        """Serve what was put into the queues; a prefetch on the link gives way to a demand at the end of its chunk."""
         if self.moving is None:
             self._serve()
-        elif not self.moving.demand:
+        elif self.demand and not self.moving.demand:
             self._ask_to_give_way(self.moving)
-
-    def submit_prefetch(self, transfer: Transfer) -> None:
-        """Queue a prefetch."""
-        self.prefetch.append(transfer)
-        if self.moving is None:
-            self._serve()
 
     def promote(self, transfer: Transfer) -> None:
         """Turn a prefetch, queued or on the link, into a demand; what has moved is kept."""
         transfer.demand = True
         if transfer is not self.moving:
             self.prefetch.remove(transfer)
-            self.submit_demand(transfer)
+            self.demand.append(transfer)
 
     def drop_prefetches(self, is_stale: Callable[[Transfer], bool]) -> list[Transfer]:
         """Take the stale prefetches, paused ones included, out of the queue and return them."""
@@ -93,18 +88,43 @@ class Link:
         return stale
 
     def _serve(self) -> None:
-        """Start the next transfer, if there is one that gets a slot."""
-        while self.demand or self.prefetch:
-            transfer = (self.demand or self.prefetch).popleft()
-            if transfer.started or self._start(transfer):
+        """Start what comes next: all demands in a row, or the first prefetch that gets a slot."""
+        if self.demand:
+            self._serve_demands()
+            return
+        while self.prefetch:
+            transfer = self.prefetch.popleft()
+            if transfer.started or self._start(transfer, self.env.now):
                 transfer.started = True
                 self.moving = transfer
                 self.moving_since = self.env.now
-                rest_ns = (transfer.chunks_left - 1) * self.chunk_ns + self.last_chunk_ns
-                self._alarm = alarm = Timeout(self.env, rest_ns)  # as _call_after, in the one place where it counts
-                alarm.callbacks.append(self._end)
+                self._call_after((transfer.chunks_left - 1) * self.chunk_ns + self.last_chunk_ns, self._end)
                 return
-        self.moving = None
+
+    def _serve_demands(self) -> None:
+        """Serve the waiting demands as one train.
+
+        Nothing interrupts them, and all that could change a slot meanwhile waits for them, so each starts when the one
+        before it ends: one event at the end of the train instead of one per transfer.
+        """
+        self.moving_since = now = self.env.now
+        for transfer in self.demand:
+            if not transfer.started:
+                self._start(transfer, now)
+                transfer.started = True
+            now += (transfer.chunks_left - 1) * self.chunk_ns + self.last_chunk_ns
+            self.train.append((now, transfer))
+        self.demand.clear()
+        self.moving = transfer
+        self._call_after(now - self.moving_since, self._end_train)
+
+    def _end_train(self, alarm: Any) -> None:
+        """Hand over the demands of a train."""
+        self.busy_ns += self.env.now - self.moving_since
+        train, self.train, self.moving = self.train, [], None
+        for landed_ns, transfer in train:
+            self._landed(transfer, landed_ns)
+        self._serve()
 
     def _ask_to_give_way(self, transfer: Transfer) -> None:
         """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
@@ -141,9 +161,8 @@ class Link:
         transfer.chunks_moved += transfer.chunks_left
         transfer.chunks_left = 0
         self.moving = None
-        self._landed(transfer)
-        if self.moving is None and (self.demand or self.prefetch):
-            self._serve()
+        self._landed(transfer, self.env.now)
+        self._serve()
 
     def _call_after(self, delay: int, callback: Callable[[Any], None]) -> None:
         """Arrange for the one callback that counts from now on."""

@@ -132,6 +132,7 @@ class _Engine:
                     self._predict(step, layer)
                 for key in present:
                     compute += takes[key]
+            self.link.go()
             if self.outstanding:
                 self.all_landed = self.env.event()
                 yield self.all_landed
@@ -149,6 +150,7 @@ class _Engine:
             yield self.env.timeout(max(0, compute - self.env.now))
             self._end_event()
             self._reupload(union)
+            self.link.go()
         return compute
 
     def _judge(self, union: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -173,7 +175,7 @@ class _Engine:
         if self.log is not None:
             for what, keys in (("hit", present), ("late_hit", awaited), ("miss", absent)):
                 for key in keys:
-                    self._note(what, key)
+                    self._note(self.env.now, what, key)
         for key in absent:
             residency.on_miss(key, pool, now)
         self.hits += len(present)
@@ -205,7 +207,7 @@ class _Engine:
                 self.outstanding -= 1
             else:
                 self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, demand=True)
-                self.link.submit_demand(transfer)
+                self.link.demand.append(transfer)
 
     def _drop_stale_prefetches(self, union: list[int]) -> None:
         """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
@@ -225,7 +227,7 @@ class _Engine:
             if prefetch is not None and prefetch.target == self.now and key not in self.transfers:
                 self.residency.holds[key] = FREE
                 if self.system.composition.drop_unused_prefetches:
-                    self._evict(key)
+                    self._evict(key, self.release_ns)
         if self.log is not None:
             self.log.append((self.release_ns, "end", -1, self.now))
 
@@ -234,7 +236,7 @@ class _Engine:
         for key in union:
             if key in self.residency and key not in self.transfers:
                 self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, refresh=True)
-                self.link.submit_prefetch(transfer)
+                self.link.prefetch.append(transfer)
 
     # ---- prediction ------------------------------------------------------------------------------------------
 
@@ -262,23 +264,23 @@ class _Engine:
             for key in keys:
                 if key not in residents and key not in self.transfers:
                     self.transfers[key] = transfer = Transfer(key, target, self.costs.chunks)
-                    self.link.submit_prefetch(transfer)
+                    self.link.prefetch.append(transfer)
 
     # ---- slots and transfers: what the link asks and tells ---------------------------------------------------
 
-    def _start_transfer(self, transfer: Transfer) -> bool:
+    def _start_transfer(self, transfer: Transfer, ns: int) -> bool:
         """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
         key, residency = transfer.key, self.residency
         if transfer.refresh:
             residency.holds[key] = HELD
             if self.log is not None:
-                self._note("refresh", key)
+                self._note(ns, "refresh", key)
             return True
-        if not self._make_room(residency.pool_of_key[key], transfer.demand):
+        if not self._make_room(residency.pool_of_key[key], transfer.demand, ns):
             self.cancelled += 1
             del self.transfers[key]
             if self.log is not None:
-                self._note("cancel", key)
+                self._note(ns, "cancel", key)
             return False
         residency.insert(key, self.now)
         self.taken += 1
@@ -287,16 +289,16 @@ class _Engine:
         if transfer.demand:
             self.bytes["demand"] += self.costs.expert_bytes
             if self.log is not None:
-                self._note("load", key)
+                self._note(ns, "load", key)
         else:
             self.prefetches += 1
             self.unused[key] = transfer
             self.to_release.setdefault(transfer.target, []).append(key)
             if self.log is not None:
-                self._note("prefetch", key)
+                self._note(ns, "prefetch", key)
         return True
 
-    def _make_room(self, pool: int, demand: bool) -> bool:
+    def _make_room(self, pool: int, demand: bool, ns: int) -> bool:
         """See to a free slot in `pool`: of an expert that nothing needs; for a demand also of one that was prefetched for a
         coming event, or of a paused prefetch."""
         if self.wave and self.env.now >= self.release_ns:
@@ -308,7 +310,7 @@ class _Engine:
         if leaving < 0 and demand:
             leaving = residency.victim(pool, self.now, HELD)
         if leaving >= 0:
-            self._evict(leaving)
+            self._evict(leaving, ns)
             return True
         if demand:
             for paused in self.link.prefetch:
@@ -319,7 +321,7 @@ class _Engine:
             raise AssertionError("a demand load found every slot of its pool held")
         return False
 
-    def _evict(self, key: int) -> None:
+    def _evict(self, key: int, ns: int) -> None:
         """Take a slot away; a prefetch that was never used turns out wasted, a queued renewal is not needed."""
         self.residency.evict(key, self.now)
         self.taken -= 1
@@ -330,18 +332,18 @@ class _Engine:
             renewal = self.transfers.pop(key)
             self.link.drop_prefetches(lambda queued: queued is renewal)
         if self.log is not None:
-            self._note("evict", key)
+            self._note(ns, "evict", key)
 
     def _give_up(self, transfer: Transfer) -> None:
         """Drop a transfer that nobody waits for; a paused one gives its slot back and has moved bytes for nothing."""
         del self.transfers[transfer.key]
         self.cancelled += 1
         if self.log is not None:
-            self._note("cancel", transfer.key)
+            self._note(self.env.now, "cancel", transfer.key)
         if transfer.started:
             self.unused.pop(transfer.key, None)
             self.bytes["refresh" if transfer.refresh else "wasted"] += transfer.chunks_moved * self.costs.chunk_bytes
-            self._evict(transfer.key)
+            self._evict(transfer.key, self.env.now)
 
     def _prefetch_pauses(self, transfer: Transfer) -> bool:
         """Keep a prefetch that gives way if its event is still to come."""
@@ -350,16 +352,16 @@ class _Engine:
         self._give_up(transfer)
         return False
 
-    def _transfer_landed(self, transfer: Transfer) -> None:
+    def _transfer_landed(self, transfer: Transfer, ns: int) -> None:
         """Make an expert usable, and wake the host when it was the last one it waited for."""
         key = transfer.key
         del self.transfers[key]
         if self.log is not None:
-            self._note("landed", key)
+            self._note(ns, "landed", key)
         if transfer.refresh:
             self.bytes["refresh"] += self.costs.expert_bytes
         if transfer.demand:
-            self.arrivals.append((self.env.now, key))
+            self.arrivals.append((ns, key))
             self.outstanding -= 1
             if self.outstanding == 0:
                 assert self.all_landed is not None
@@ -367,7 +369,7 @@ class _Engine:
         elif transfer.refresh or transfer.target <= self.now:
             self.residency.holds[key] = FREE
             if not transfer.refresh and self.system.composition.drop_unused_prefetches:
-                self._evict(key)
+                self._evict(key, ns)
         else:
             self.residency.holds[key] = AWAITED
 
@@ -378,9 +380,9 @@ class _Engine:
         self.per_step.append(counters)
         self.computed = self.waited = self.host_idle = self.hits = self.late_hits = self.misses = 0
 
-    def _note(self, what: str, key: int) -> None:
+    def _note(self, ns: int, what: str, key: int) -> None:
         assert self.log is not None
-        self.log.append((self.env.now, what, key, self.now))
+        self.log.append((ns, what, key, self.now))
 
     def result(self) -> Run:
         """Gather the counters; prefetches that nothing used by the end were wasted."""
