@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,13 @@ def tiny(tmp_path):
     return path
 
 
+@cache
+def composed(group, option):
+    """The configuration with one option chosen; composing takes a while, so do not change it."""
+    where = ["trace.path=somewhere"] if (group, option) == ("trace", "file") else []
+    return compose_config("simulate", [f"{group}={option}", *where])
+
+
 # ---- what is there ---------------------------------------------------------------------------------------
 
 
@@ -49,8 +57,7 @@ def test_every_axis_is_a_group():
 
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in groups() for option in options(group)])
 def test_every_option_composes(group, option):
-    where = ["trace.path=somewhere"] if (group, option) == ("trace", "file") else []
-    config = compose_config("simulate", [f"{group}={option}", *where])
+    config = composed(group, option)
     check_config(config)
     assert isinstance(config[group], dict)
 
@@ -69,7 +76,7 @@ def policy_classes(axis):
 
 @pytest.mark.parametrize("axis", AXES)
 def test_every_policy_has_a_file_in_conf_and_every_file_names_a_policy(axis):
-    targets = {compose_config("simulate", [f"{axis}={option}"])[axis]["_target_"] for option in options(axis)}
+    targets = {composed(axis, option)[axis]["_target_"] for option in options(axis)}
     assert targets == policy_classes(axis)
 
 
@@ -80,7 +87,7 @@ def test_every_folder_of_policies_is_an_axis():
 
 @pytest.mark.parametrize(("axis", "option"), [(axis, option) for axis in AXES for option in options(axis)])
 def test_every_policy_builds_with_the_parameters_of_its_file(axis, option):
-    config = compose_config("simulate", [f"{axis}={option}"])
+    config = composed(axis, option)
     parts = {part: find_part(part, config[part]) for part in AXES}
     events = make_events_of([[[0, 1], [2, 3], [4, 5]]], 6)
     sizes = {"slots": 9, "layers": 3, "experts": 6, "top_k": 2, "layer_ns": 300, "transfer_ns": 100}
@@ -94,7 +101,7 @@ def test_every_policy_builds_with_the_parameters_of_its_file(axis, option):
 def test_every_parameter_of_a_policy_is_said_in_one_of_its_files(axis):
     said = {}
     for option in options(axis):
-        spec = compose_config("simulate", [f"{axis}={option}"])[axis]
+        spec = composed(axis, option)[axis]
         said.setdefault(spec["_target_"], set()).update(spec)
     for target, names in said.items():
         cls, _ = find_part(axis, {"_target_": target})
@@ -103,7 +110,7 @@ def test_every_parameter_of_a_policy_is_said_in_one_of_its_files(axis):
 
 @pytest.mark.parametrize("name", options("system"))
 def test_every_system_is_a_short_file_with_its_own_name_that_chooses_its_parts(name):
-    config = compose_config("simulate", [f"system={name}"])
+    config = composed("system", name)
     assert config["system"]["name"] == name
     lines = (CONF / "system" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
@@ -286,8 +293,8 @@ def test_a_policy_of_ones_own_is_one_file_and_one_yaml(mine, tiny):
     assert len(MINE.strip().splitlines()) <= 27
     assert len(YAML.splitlines()) == 3
     row = simulate(compose_config("simulate", overrides(tiny, "eviction=mru"), mine))
-    # Steps use 01, 23, 04, 01|20, 20|13 in two layers that share five slots; what entered last leaves.
-    assert (row["system"], row["slots"], row["hits"], row["misses"]) == ("lru+eviction=mru", 5, 9, 11)
+    # By hand: the only hits are 0 in the third step, 1 in the fourth, and 1 and 3 of the second layer in the fifth.
+    assert (row["system"], row["slots"], row["hits"], row["misses"]) == ("lru+eviction=mru", 5, 4, 16)
 
 
 def test_a_policy_of_ones_own_is_not_imported_unless_its_package_is_named(mine):
@@ -518,7 +525,7 @@ def test_a_result_that_is_stored_is_read_back(tiny, tmp_path, monkeypatch):
     first = simulate(config)
     assert store.has(tmp_path / "out", first["key"])
     monkeypatch.setattr("sim.experiment.run_system", None)
-    assert simulate(config) == first
+    np.testing.assert_equal(simulate(config), first)
 
 
 def test_a_setting_says_how_many_keys_and_pools_there_are():
