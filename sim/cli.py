@@ -267,6 +267,8 @@ def _settings(config_name: str, words: list[str], positional: str) -> Config | N
     if words and "=" not in words[0] and not words[0].startswith("-"):
         value = words[0] if positional == "trace" else quoted(words[0])
         words = [f"{positional}={value}", *words[1:]]
+    # Mappings that are open: their keys need not stand in the file.
+    words = [f"++{word}" if word.startswith(("parameters", "options")) else word for word in words]
     overrides, config_dir = _options(config_name, words)
     if overrides is None:
         return None
@@ -289,9 +291,17 @@ def _print_row(row: dict[str, Any]) -> None:
     )
 
 
+class _Output(Console):
+    """Standard output whose reader may go away: `main` sees to that."""
+
+    def on_broken_pipe(self) -> None:
+        """Pass the exception on, where rich would exit with 1."""
+        raise
+
+
 def _out() -> Console:
     """Return standard output; wide enough for the tables where it is not a terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=150)
+    return _Output() if sys.stdout.isatty() else _Output(width=150)
 
 
 class _Progress:

@@ -30,6 +30,7 @@ def compare(
     base = compose_config("compare", overrides, config_dir)
     check_config(base)
     one_of("engine", base["engine"], list(ENGINES))
+    _workers(base["jobs"], 1)  # refuses what is no number of processes before anything runs
     configs, left_out = _plan(base, overrides, config_dir)
     workload = workload_of(base)
     keys = [key_of(config, workload.trace) for config in configs]

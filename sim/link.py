@@ -80,13 +80,6 @@ class Link:
             self.prefetch.remove(transfer)
             self.demand.append(transfer)
 
-    def drop_prefetches(self, is_stale: Callable[[Transfer], bool]) -> list[Transfer]:
-        """Take the stale prefetches, paused ones included, out of the queue and return them."""
-        stale = [transfer for transfer in self.prefetch if is_stale(transfer)]
-        if stale:
-            self.prefetch = deque(transfer for transfer in self.prefetch if transfer not in stale)
-        return stale
-
     def _serve(self) -> None:
         """Start what comes next: all demands in a row, or the first prefetch that gets a slot."""
         if self.demand:

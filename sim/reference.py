@@ -184,7 +184,7 @@ class _Engine:
         predicted = self.predictions.pop(now, None)
         if predicted is not None:
             self.predicted += len(predicted)
-            self.predicted_and_needed += sum(key in predicted for key in union)
+            self.predicted_and_needed += len(predicted.intersection(union))
             self.needed_after_prediction += len(union)
         return present, awaited, absent
 
@@ -211,12 +211,13 @@ class _Engine:
 
     def _drop_stale_prefetches(self, union: list[int]) -> None:
         """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
-        if self.link.prefetch:
-            now = self.now
-            for transfer in self.link.drop_prefetches(
-                lambda queued: queued.target <= now and not queued.refresh and queued.key not in union
-            ):
-                self._give_up(transfer)
+        now = self.now
+        stale = [
+            queued for queued in self.link.prefetch if queued.target <= now and not queued.refresh and queued.key not in union
+        ]
+        for transfer in stale:
+            self.link.prefetch.remove(transfer)
+            self._give_up(transfer)
 
     def _end_event(self) -> None:
         """Let go of what the event held: when it is over and the first to care, link or next event, comes by."""
@@ -330,7 +331,7 @@ class _Engine:
             self.bytes["wasted"] += self.costs.expert_bytes
         if key in self.transfers:
             renewal = self.transfers.pop(key)
-            self.link.drop_prefetches(lambda queued: queued is renewal)
+            self.link.prefetch.remove(renewal)
         if self.log is not None:
             self._note(ns, "evict", key)
 
