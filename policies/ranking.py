@@ -23,8 +23,7 @@ def rank(by_expert: Floats, seen_at: Ints, ids: Ints, scores: Floats) -> int:
 
 def note_seen(seen_at: Ints, experts: npt.NDArray[np.integer], event: int) -> None:
     """Mark `experts` (any shape, -1 is none) as seen at `event`; of one event, those listed first rank higher."""
+    routed = experts.ravel()[::-1]
+    routed = routed[routed >= 0]
     moment = (event + 1) << 20  # leaves room for a million routed experts in one event
-    for expert in experts.ravel()[::-1]:
-        if expert >= 0:
-            seen_at[expert] = moment
-            moment += 1
+    seen_at[routed] = moment + np.arange(len(routed))  # of an expert routed twice the last assignment stays

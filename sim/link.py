@@ -36,9 +36,9 @@ class Transfer:
 class Link:
     """Serial link of a simulated device; `env` is a SimPy environment whose clock counts whole nanoseconds.
 
-    `start(transfer, ns)` is asked when a transfer is about to move its first chunk at `ns`; it reserves the slot and returns whether
-    there is one (a demand is always given one). `landed(transfer, ns)` is told that its last chunk arrived at `ns`, `pause(transfer)`
-    when a prefetch gives way to a demand at a chunk's end; it returns whether the prefetch is to go on later.
+    `start(transfer, ns)` is asked when a transfer is about to move its first chunk at `ns`; it reserves the slot and returns
+    whether there is one (a demand is always given one). `landed(transfer, ns)` is told that its last chunk arrived at `ns`.
+    `pause(transfer)` is asked when a prefetch gives way to a demand at a chunk's end, and returns whether it is to go on.
     """
 
     def __init__(

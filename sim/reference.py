@@ -212,12 +212,10 @@ class _Engine:
     def _drop_stale_prefetches(self, union: list[int]) -> None:
         """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
         now = self.now
-        stale = [
-            queued for queued in self.link.prefetch if queued.target <= now and not queued.refresh and queued.key not in union
-        ]
-        for transfer in stale:
-            self.link.prefetch.remove(transfer)
-            self._give_up(transfer)
+        for queued in tuple(self.link.prefetch):
+            if queued.target <= now and not queued.refresh and queued.key not in union:
+                self.link.prefetch.remove(queued)
+                self._give_up(queued)
 
     def _end_event(self) -> None:
         """Let go of what the event held: when it is over and the first to care, link or next event, comes by."""
