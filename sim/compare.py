@@ -37,15 +37,12 @@ def compare(
     todo = [config for config, key in zip(configs, keys, strict=True) if not store.has(base["results"], key)]
     done = len(configs) - len(todo)
     workers = _workers(base["jobs"], len(todo))
-    finished: list[str] = []
     jobs = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1) if workers > 1 else None
     results = jobs(delayed(_run)(config) for config in todo) if jobs else map(_run, todo)
     for what, sentence in results:
         done += 1
         if sentence:
             left_out.append(sentence)
-        else:
-            finished.append(what)
         progress(done, len(configs), what)
     stored = [key for key in keys if store.has(base["results"], key)]
     if not stored:

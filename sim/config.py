@@ -59,7 +59,7 @@ _RUN = (
     "plugins",
     "results",
 )
-_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "baseline", "jobs", "json")
+_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "jobs", "json")
 """Settings of a run or a comparison."""
 
 

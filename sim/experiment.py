@@ -29,7 +29,7 @@ from traces.trace import ModelSpec
 ENGINES = {"reference": run_reference}
 """What `engine` may be."""
 
-_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "baseline", "json", "plugins")
+_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "json", "plugins")
 """Settings that say where or how to run, not what."""
 
 

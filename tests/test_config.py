@@ -558,3 +558,13 @@ def test_a_result_that_is_stored_is_read_back(tiny, tmp_path, monkeypatch):
 def test_a_setting_says_how_many_keys_and_pools_there_are():
     setting = Setting(3, 5, 2, np.arange(3), np.array([4, 4, 4]), seed=0, layer_ns=0, transfer_ns=0)
     assert (setting.keys, setting.pools) == (15, 3)
+
+
+def test_a_part_of_a_trace_has_a_hash_of_its_own():
+    """Two traces of one name and length must not share a result."""
+    config = compose_config("simulate", ["trace.tokens=200"])
+    whole = experiment.workload_of(compose_config("simulate")).trace
+    part = experiment.workload_of(config).trace
+    assert len(part.hash) == 64
+    assert part.hash != whole.hash
+    assert experiment.key_of(config, part) != experiment.key_of(config, whole)
