@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from sim.hardware import make_hardware, model_spec
 from sim.reference import run_reference
 from sim.result import Run, limited_by, metrics
 from sim.workload import Workload, make_workload
-from traces import Trace, bundled, load_trace, take_tokens
+from traces import Trace, bundled, content_hash, load_trace, take_tokens
 from traces.errors import InputError
 from traces.trace import ModelSpec
 
@@ -99,8 +100,9 @@ def workload_of(config: Config) -> Workload:
 @lru_cache(maxsize=4)
 def _workload(path: str, version: tuple[int, ...] | None, tokens: int | None, arrangement: str) -> Workload:
     trace = load_trace(path)
-    if tokens is not None:
-        trace = take_tokens(trace, tokens)
+    if tokens is not None and tokens < trace.tokens:
+        part = take_tokens(trace, tokens)
+        trace = replace(part, hash=content_hash(part))
     return make_workload(trace, **json.loads(arrangement))
 
 

@@ -563,8 +563,8 @@ def test_a_setting_says_how_many_keys_and_pools_there_are():
 def test_a_part_of_a_trace_has_a_hash_of_its_own():
     """Two traces of one name and length must not share a result."""
     config = compose_config("simulate", ["trace.tokens=200"])
-    whole = experiment.workload_of(compose_config("simulate")).trace
-    part = experiment.workload_of(config).trace
+    whole = workload_of(compose_config("simulate")).trace
+    part = workload_of(config).trace
     assert len(part.hash) == 64
     assert part.hash != whole.hash
-    assert experiment.key_of(config, part) != experiment.key_of(config, whole)
+    assert key_of(config, part) != key_of(config, whole)
