@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from simpy.events import Timeout
+from simpy.events import URGENT, Event
 
 from sim.costs import Costs
 
@@ -63,8 +63,8 @@ class Link:
         self.busy_ns = 0
         """Time spent moving bytes, counted when a transfer ends or pauses."""
         self.moving_since = 0
-        self._alarm: Timeout | None = None
-        """The timeout that counts; older ones were overtaken by a pause."""
+        self._alarm: _Alarm | None = None
+        """The alarm that counts; older ones were overtaken by a pause."""
 
     def go(self) -> None:
         """Serve what was put into the queues; a prefetch on the link gives way to a demand at the end of its chunk."""
@@ -159,5 +159,15 @@ class Link:
 
     def _call_after(self, delay: int, callback: Callable[[Any], None]) -> None:
         """Arrange for the one callback that counts from now on."""
-        self._alarm = alarm = Timeout(self.env, delay)
-        alarm.callbacks.append(callback)
+        self._alarm = _Alarm(self.env, delay, callback)
+
+
+class _Alarm(Event):
+    """A callback after a delay, before all else that happens at that instant: what lands when an event starts is there."""
+
+    def __init__(self, env: Any, delay: int, callback: Callable[[Any], None]) -> None:
+        self.env = env
+        self.callbacks = [callback]
+        self._ok = True
+        self._value = None
+        env.schedule(self, URGENT, delay)

@@ -46,9 +46,9 @@ class _Engine:
         self.now = -1
         """The running event."""
         self.wave: list[int] = []
-        """Keys that the running event, or its running wave, holds until `release_ns`."""
-        self.release_ns = 0
-        """When the compute stream is done with `wave`."""
+        """Keys that the running event, or its last wave, holds until `release_ns`."""
+        self.release_ns: int | None = None
+        """When the running event ends; None before that is known, and once it has ended."""
         self.arrivals: list[tuple[int, int]] = []
         """(ns, key) of the awaited transfers of the running wave, in the order in which they landed."""
         self.outstanding = 0
@@ -108,8 +108,8 @@ class _Engine:
 
     def _serve_event(self, step: int, layer: int, gate_end: int, issued: int) -> Generator[simpy.Event, None, int]:
         """Decide, load and compute the experts of one (step, layer); return when the compute stream is done."""
-        if self.wave:
-            self._end_event()
+        if self.release_ns is not None:
+            self._end_event(self.release_ns)
         self.now = now = step * self.events.layers + layer
         start, end = self.union_starts[now], self.union_starts[now + 1]
         union = self.union_keys[start:end]
@@ -118,7 +118,7 @@ class _Engine:
         self._drop_stale_prefetches(union)
 
         # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
-        slots = self.residency.capacity[self.residency.pool_of_key[union[0]]] if union else 0
+        slots = self.residency.capacity[self.residency.pool_of_key[union[0]]] if union else 1
         first = min(len(absent), slots - len(present) - len(awaited))
         waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
 
@@ -148,7 +148,7 @@ class _Engine:
         self.computed += sum(takes.values())
         if self.system.composition.reupload_after_use:
             yield self.env.timeout(max(0, compute - self.env.now))
-            self._end_event()
+            self._end_event(compute)
             self._reupload(union)
             self.link.go()
         return compute
@@ -217,18 +217,18 @@ class _Engine:
                 self.link.prefetch.remove(queued)
                 self._give_up(queued)
 
-    def _end_event(self) -> None:
-        """Let go of what the event held: when it is over and the first to care, link or next event, comes by."""
+    def _end_event(self, ns: int) -> None:
+        """Let go of what the event held until `ns`: done when the first to care, link or next event, comes by."""
+        self.release_ns = None
         self.residency.hold(self.wave, FREE)
-        self.wave = []
         for key in self.to_release.pop(self.now, ()):
             prefetch = self.unused.get(key)
             if prefetch is not None and prefetch.target == self.now and key not in self.transfers:
                 self.residency.holds[key] = FREE
                 if self.system.composition.drop_unused_prefetches:
-                    self._evict(key, self.release_ns)
+                    self._evict(key, ns)
         if self.log is not None:
-            self.log.append((self.release_ns, "end", -1, self.now))
+            self.log.append((ns, "end", -1, self.now))
 
     def _reupload(self, union: list[int]) -> None:
         """Queue every used expert for another transfer: the device copy was spoilt by its use."""
@@ -300,8 +300,8 @@ class _Engine:
     def _make_room(self, pool: int, demand: bool, ns: int) -> bool:
         """See to a free slot in `pool`: of an expert that nothing needs; for a demand also of one that was prefetched for a
         coming event, or of a paused prefetch."""
-        if self.wave and self.env.now >= self.release_ns:
-            self._end_event()
+        if self.release_ns is not None and self.env.now >= self.release_ns:
+            self._end_event(self.release_ns)
         residency = self.residency
         if len(residency.residents[pool]) < residency.capacity[pool]:
             return True
