@@ -87,6 +87,11 @@ def build_system(
         )
     allocation = _build(composition, "allocation")
     pool_of, capacity = allocation.divide(slots, layers, experts, top_k)
+    if capacity.sum() > slots:
+        raise InputError(
+            f"system '{composition.name}': allocation {type(allocation).__name__} hands out {capacity.sum()} slots, but the "
+            f"budget holds {slots}"
+        )
     if capacity.min() < top_k:
         raise InputError(
             f"system '{composition.name}': allocation {type(allocation).__name__} leaves a layer with {capacity.min()} of "

@@ -28,7 +28,7 @@ from traces.errors import InputError, nearest
 USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
-  simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.1,0.25
+  simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
   trace import FILE       another program's recording into a trace file
   trace inspect [FILE]    what a trace's routing is like
   trace synthesize        routing with the statistics of a published model

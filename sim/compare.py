@@ -11,7 +11,7 @@ from joblib import Parallel, delayed  # type: ignore[import-untyped]
 
 from sim import store
 from sim.config import Config, check_config, compose_config, one_of, options
-from sim.experiment import ENGINES, composition_of, key_of, parse_budget, simulate, trace_name, workload_of
+from sim.experiment import ENGINES, composition_of, costs_of, key_of, parse_budget, simulate, trace_name, workload_of
 from traces.errors import InputError
 
 
@@ -33,6 +33,7 @@ def compare(
     _workers(base["jobs"], 1)  # refuses what is no number of processes before anything runs
     configs, left_out = _plan(base, overrides, config_dir)
     workload = workload_of(base)
+    costs_of(base, workload)  # refuses a model or machine that cannot be priced before anything runs
     keys = [key_of(config, workload.trace) for config in configs]
     todo = [config for config, key in zip(configs, keys, strict=True) if not store.has(base["results"], key)]
     done = len(configs) - len(todo)

@@ -127,7 +127,10 @@ def check_types(config: Config) -> None:
 
 
 def name_system(config: Config, overrides: Sequence[str]) -> None:
-    """Name the config's system, if it has one, after itself and every part that the overrides change."""
+    """Name the config's system and hardware, if it has them, after themselves and every part that the overrides change."""
+    constants = sorted(override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hardware."))
+    if constants and isinstance(config.get("hardware"), dict):
+        config["hardware"]["name"] = "+".join([str(config["hardware"].get("name")), *constants])
     if "system" not in config:
         return
     if not isinstance(config["system"], dict) or not isinstance(config["system"].get("name"), str):

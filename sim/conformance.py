@@ -192,7 +192,16 @@ def build(composition: Composition, workload: Workload, slots: int) -> System:
 def run_logged(composition: Composition, workload: Workload, slots: int) -> tuple[Run, Log]:
     """Build and run, and return the run with its log."""
     log: Log = []
-    return run_reference(build(composition, workload, slots), workload, costs_for(workload), log), log
+    system = build(composition, workload, slots)
+    try:
+        return run_reference(system, workload, costs_for(workload), log), log
+    except Exception as error:
+        last = f"after {log[-1]}" if log else "at the start"
+        raise AssertionError(
+            f"the run broke {last} with {type(error).__name__}: {error}; a victim must be a resident with "
+            f"holds[key] < limit or -1, ids and counts must be those of the layer, and what is used of future, lookahead "
+            "and logits must be declared with @needs"
+        ) from error
 
 
 def renumbered(trace: Trace, number: Ints) -> Trace:

@@ -154,6 +154,10 @@ def parse_budget(budget: Any) -> tuple[float, int | None]:
             f"budget is {budget!r}: it must be a fraction of all experts above 0 and at most 1, or bytes such as 4GB"
         )
     number, unit = float(match.group(1)), match.group(2).upper()
+    if not unit and 1 < number < 10**6:
+        raise InputError(
+            f"budget is {budget!r}: as a fraction it is above 1, and as bytes it lacks a unit, such as {budget}GB"
+        )
     return number, None if number <= 1 and not unit else units[unit]
 
 
@@ -189,6 +193,7 @@ def _identity(config: Config, workload: Workload, spec: ModelSpec, costs: Costs,
     trace = workload.trace
     all_slots = trace.model.layers * trace.model.experts
     kv_bytes = int(workload.context.max()) * (spec.kv_bytes_per_token or 0)
+    peak_bytes = run.peak_slots * costs.expert_bytes + (spec.other_bytes or 0) + kv_bytes
     return {
         "trace": trace_name(config),
         "trace_hash": trace.hash,
@@ -196,9 +201,9 @@ def _identity(config: Config, workload: Workload, spec: ModelSpec, costs: Costs,
         "trace_model": trace.model.name,
         "workload": workload.name,
         "hardware": config["hardware"]["name"],
-        "model": spec.name,
+        "model": spec.name if config["precision"] == "bf16" else f"{spec.name} at {config['precision']}",
         "system": config["system"]["name"],
-        "ceiling": bool(config["system"]["ceiling"]),
+        "ceiling": bool(config["system"]["ceiling"]) or "future" in composition_of(config).needs,
         "budget": slots / all_slots,
         "budget_bytes": slots * costs.expert_bytes,
         "slots": slots,
@@ -206,6 +211,18 @@ def _identity(config: Config, workload: Workload, spec: ModelSpec, costs: Costs,
         "engine": config["engine"],
         "code_version": f"{metadata.version('foregate')}+{_project_digest()[:12]}",
         "config": json.dumps(config, sort_keys=True),
-        "device_bytes_peak": run.peak_slots * costs.expert_bytes + (spec.other_bytes or 0) + kv_bytes,
-        "note": "",
+        "device_bytes_peak": peak_bytes,
+        "note": _caveats(config, trace.model, spec, peak_bytes),
     }
+
+
+def _caveats(config: Config, recorded: ModelSpec, priced: ModelSpec, peak_bytes: int) -> str:
+    """Say what a reader of the row must know: shapes that differ, memory that the device does not have."""
+    caveats = []
+    shapes = [f"{model.layers} x {model.experts} top-{model.top_k}" for model in (recorded, priced)]
+    if shapes[0] != shapes[1]:
+        caveats.append(f"the routing is of a {shapes[0]} model, the bytes are of a {shapes[1]} one")
+    memory_bytes = make_hardware(config["hardware"]).memory_bytes
+    if peak_bytes > memory_bytes:
+        caveats.append(f"needs {peak_bytes / 1e9:.1f} GB, but the device has {memory_bytes / 1e9:.1f} GB")
+    return "; ".join(caveats)

@@ -152,9 +152,13 @@ def setting(table: pd.DataFrame) -> str:
 
 
 def notes(table: pd.DataFrame) -> list[str]:
-    """Return what is to be said about single systems of a table."""
+    """Return what is to be said about a table's systems, once for all that share it."""
     noted = table[table["note"].fillna("") != ""] if "note" in table else table.iloc[:0]
-    return [f"{row['label']}: {row['note']}" for row in _records(noted)]
+    lines = []
+    for note, rows in noted.groupby("note", sort=False):
+        about = "caution" if len(rows) == len(table) else ", ".join(rows["label"])
+        lines.append(f"{about}: {note}")
+    return lines
 
 
 def legend(groups: Iterable[str]) -> str:

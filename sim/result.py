@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from policies.contract import Floats, Ints
 from sim.workload import Workload
+from traces.trace import DECODE
 
 KINDS = ("demand", "useful", "late", "wasted", "refresh")
 """What became of transferred bytes: fetched on demand; prefetched and there in time; prefetched, used, but still in
@@ -49,7 +51,7 @@ class Run(NamedTuple):
     prefetches: int
     """Prefetch transfers started."""
     cancelled: int
-    """Prefetches that were queued and dropped before they started: their event came first, or no slot was free."""
+    """Prefetches given up before they were complete: their event came and did not need them, or no slot was free."""
     predicted: int
     """Experts selected by the prefetch rule for events that came, resident or not."""
     predicted_and_needed: int
@@ -65,21 +67,22 @@ class Run(NamedTuple):
 def metrics(run: Run, workload: Workload) -> dict[str, Any]:
     """Return the figures of one run, by column name; the units are in the names.
 
-    TPOT is the duration of the decode step that made a token, TTFT that of a request's prefill step. Tokens/s counts
-    decode tokens over the time of decode steps (prefill tokens over prefill steps in a trace without decode); the
-    per-token figures have the same denominator. Per-request lists are what the paired bootstrap resamples.
+    TPOT is the duration of the decode step that made a token, TTFT that of all steps that process a request's prompt.
+    Tokens/s counts decode tokens over the time of the steps that make them (prompt tokens in a trace without decode); the
+    ms per token have the same denominator. Experts and bytes are counted over all steps, prompts included.
+    Per-request lists are what the paired bootstrap resamples.
     """
     duration = run.steps.duration
-    decode = workload.decode
-    counted = decode if decode.any() else ~decode
-    tokens_of_step = np.diff(workload.offsets)
-    tokens = int(tokens_of_step[counted].sum())
+    step_of_row = np.repeat(np.arange(len(workload.decode)), np.diff(workload.offsets))
+    decoded = workload.trace.phase[workload.rows] == DECODE
+    rows = decoded if decoded.any() else ~decoded
+    counted = np.isin(np.arange(len(duration)), step_of_row[rows])
+    tokens = int(rows.sum())
     time_ns = int(duration[counted].sum())
-    step_of_row = np.repeat(np.arange(len(decode)), tokens_of_step)
-    tpot_ns = duration[step_of_row[decode[step_of_row]]]
-    ttft_ns = duration[~decode]
+    tpot_ns = duration[step_of_row[decoded]]
+    ttft_ns = _prompt_times(workload, duration, step_of_row, ~decoded)
     accesses = int(run.steps.hits.sum() + run.steps.late_hits.sum() + run.steps.misses.sum())
-    requests, request_tokens, request_ns = _per_request(workload, duration, step_of_row, counted)
+    requests, request_tokens, request_ns = _per_request(workload, duration, step_of_row, rows)
     row: dict[str, Any] = {
         "tokens_per_s": tokens / time_ns * 1e9 if time_ns else float("nan"),
         **_distribution("tpot_ms", tpot_ns / 1e6),
@@ -101,7 +104,7 @@ def metrics(run: Run, workload: Workload) -> dict[str, Any]:
         "gate_mass_skipped": 0.0,
         "gate_mass_substituted": 0.0,
         "tokens": tokens,
-        "steps": len(decode),
+        "steps": len(duration),
         "end_ns": run.end_ns,
         "requests": requests,
         "request_tokens": request_tokens,
@@ -117,15 +120,24 @@ def limited_by(row: Any) -> str:
 
 
 def _per_request(
-    workload: Workload, duration: Ints, step_of_row: Ints, counted: Any
+    workload: Workload, duration: Ints, step_of_row: Ints, rows: npt.NDArray[np.bool_]
 ) -> tuple[list[int], list[int], list[float]]:
-    """Return request ids, their counted tokens, and the time that these tokens took (steps shared equally)."""
-    rows = counted[step_of_row]
-    share = duration[step_of_row] / np.diff(workload.offsets)[step_of_row]
+    """Return request ids, their counted tokens (those of `rows`), and the time these took (steps shared equally)."""
+    sharers = np.bincount(step_of_row[rows], minlength=len(duration))
+    share = duration[step_of_row[rows]] / sharers[step_of_row[rows]]
     requests, place = np.unique(workload.request[rows], return_inverse=True)
     tokens = np.bincount(place, minlength=len(requests))
-    time_ns = np.bincount(place, weights=share[rows], minlength=len(requests))
+    time_ns = np.bincount(place, weights=share, minlength=len(requests))
     return requests.tolist(), tokens.tolist(), time_ns.tolist()
+
+
+def _prompt_times(workload: Workload, duration: Ints, step_of_row: Ints, prompt: npt.NDArray[np.bool_]) -> Ints:
+    """Return the time of every request's prompt: of all steps that process a part of it."""
+    passes = np.unique(np.stack([workload.request[prompt], step_of_row[prompt]]), axis=1)
+    _, place = np.unique(passes[0], return_inverse=True)
+    times = np.zeros(int(place.max(initial=-1)) + 1, np.int64)
+    np.add.at(times, place, duration[passes[1]])
+    return times
 
 
 def _distribution(name: str, values: Floats) -> dict[str, float]:

@@ -69,7 +69,8 @@ def make_workload(trace: Trace, order: str = "one_request", batch: int = 1, phas
         raise InputError(f"workload.batch is {batch!r}: it must be a whole number of requests, at least 1")
     steps = _recorded(trace) if order == "recorded" else _served(trace, batch if order == "continuous" else 1)
     if phases == "decode":
-        steps = [rows for rows in steps if (trace.phase[rows] == DECODE).any()]
+        decoded = [rows[trace.phase[rows] == DECODE] for rows in steps]
+        steps = [rows for rows in decoded if len(rows)]
     if not steps:
         raise InputError(f"workload.phases is '{phases}', but the trace holds no such token")
     name = order if order != "continuous" else f"continuous_{batch}"

@@ -1,11 +1,18 @@
 """Every policy and every system that is discovered keeps the contract, and the model keeps its sanity list."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from policies.allocation.whole_device import WholeDevice
+from policies.eviction.fifo import FIFO
+from policies.order import oldest
 from policies.system import Composition, find_part
 from sim.config import compose_config, options
 from sim.conformance import check
 from sim.experiment import composition_of
+from traces import InputError
 
 CARRIERS = {
     "predictor": {"prefetch": "top_n"},
@@ -32,3 +39,40 @@ def test_policy_conforms(axis, name):
 @pytest.mark.parametrize("name", options("system"))
 def test_system_conforms(name):
     check(composition_of(compose_config("simulate", [f"system={name}"])))
+
+
+class Unruly(FIFO):
+    """Evicts what it must not."""
+
+    def victim(self, pool, holds, limit, now):
+        return oldest(self.order, pool)
+
+
+class Greedy(WholeDevice):
+    """Hands out slots that it does not have."""
+
+    def divide(self, slots, layers, experts, top_k):
+        return np.zeros(layers, np.int64), np.array([2 * slots])
+
+
+class ByNumber(FIFO):
+    """Evicts the expert with the lowest number."""
+
+    def victim(self, pool, holds, limit, now):
+        keys = [key for key in range(len(holds)) if self.order.queue[key] == pool and holds[key] < limit]
+        return min(keys, default=-1)
+
+
+@pytest.mark.parametrize(
+    ("axis", "cls", "says"),
+    [
+        ("eviction", Unruly, "a victim must be a resident|is evicted while|while its event needs it"),
+        ("eviction", ByNumber, "the numbers of the experts change what happens"),
+        ("allocation", Greedy, "hands out 32 slots, but the budget holds 16"),
+    ],
+)
+def test_a_policy_that_breaks_the_contract_is_caught(axis, cls, says):
+    composition = one_policy("eviction", "fifo")
+    broken = replace(composition, parts={**composition.parts, axis: (cls, {})})
+    with pytest.raises((AssertionError, InputError), match=says):
+        check(broken)

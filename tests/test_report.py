@@ -199,7 +199,11 @@ def test_a_small_real_difference_does_not_read_as_none():
 
 
 def test_notes_stand_below_the_table():
-    assert "lru: ran in waves" in printed(pd.DataFrame([make_row("lru", note="ran in waves")]))
+    one = printed(pd.DataFrame([make_row("lru", note="ran in waves"), make_row("lfu")]))
+    assert "lru: ran in waves" in one
+    both = printed(pd.DataFrame([make_row("lru", note="ran in waves"), make_row("lfu", note="ran in waves")]))
+    assert both.count("ran in waves") == 1
+    assert "caution: ran in waves" in both
 
 
 @pytest.mark.parametrize("show", [printed, ranking_markdown, lambda rows: ranking_dict(rows)["tables"][0]["title"][0]])

@@ -77,10 +77,11 @@ def test_phases_decode_leaves_prompts_out():
     assert workload.name == "one_request_decode"
 
 
-def test_a_recorded_pass_that_mixes_both_phases_counts_as_decode():
+def test_a_recorded_pass_that_mixes_both_phases_counts_as_decode_and_loses_its_prompt_tokens_without_prompts():
     trace = a_trace([0, 0, 1, 0, 1], prompts=[1, 1], steps=[0, 1, 1, 2, 2])
     workload = make_workload(trace, "recorded", phases="decode")
-    assert (steps_of(workload), workload.decode.tolist()) == ([[1, 2], [3, 4]], [True, True])
+    assert (steps_of(workload), workload.decode.tolist()) == ([[1], [3, 4]], [True, True])
+    assert make_workload(trace, "recorded").decode.tolist() == [False, True, True]
 
 
 def test_every_processed_token_knows_its_request():
