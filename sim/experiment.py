@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.system import AXES, Composition, build_system, find_part
+from policies.system import AXES, Composition, System, build_system, find_part
 from sim import store
 from sim.config import Config, check_config, one_of, plain
 from sim.costs import Costs, decode_layer_ns, make_costs, transfer_ns, with_free_link
@@ -57,6 +57,13 @@ def run_system(
     config: Config, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None = None
 ) -> tuple[Run, int]:
     """Build the config's system, run it and return what happened and the slots that it had."""
+    system, slots = system_of(config, workload, costs)
+    engine = ENGINES[one_of("engine", config["engine"], list(ENGINES))]
+    return engine(system, workload, costs, log), slots
+
+
+def system_of(config: Config, workload: Workload, costs: Costs) -> tuple[System, int]:
+    """Build the config's system afresh, ready for one run, and return it with the slots that its budget holds."""
     trace = workload.trace
     composition = composition_of(config)
     composition.check(trace.capabilities(), trace_name(config))
@@ -72,8 +79,7 @@ def run_system(
         transfer_ns=transfer_ns(costs),
         future=lambda: future_of(workload.events),
     )
-    engine = ENGINES[one_of("engine", config["engine"], list(ENGINES))]
-    return engine(system, workload, costs, log), slots
+    return system, slots
 
 
 def composition_of(config: Config) -> Composition:
