@@ -175,8 +175,9 @@ def _check_options(layers: int, sampled: Sequence[int], fractions: Sequence[floa
 
 
 def spread_layers(layers: int, count: int) -> tuple[int, ...]:
-    """Return `count` layers spread evenly over `layers`, with the first and the last; all when fewer."""
-    return tuple(np.linspace(0, layers - 1, min(count, layers)).round().astype(int).tolist())
+    """Return `count` layers spread evenly over `layers`, beginning with the first; all when fewer."""
+    count = min(count, layers)
+    return tuple(layer * layers // count for layer in range(count))
 
 
 def popularity(trace: Trace) -> Popularity:
