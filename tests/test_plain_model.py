@@ -97,7 +97,7 @@ class Case:
         chunks = int(rng.integers(1, 5))
         chunk = 0 if rng.random() < 0.08 else int(rng.integers(100, 8000))
         most = int(np.diff(self.workload.offsets).max())
-        return Costs(
+        costs = Costs(
             host_gate_ns=int(rng.integers(0, 300)),
             host_experts_ns=int(rng.integers(0, 900)),
             host_step_ns=int(rng.integers(0, 3000)),
@@ -111,6 +111,10 @@ class Case:
             expert_bytes=chunks * 100 - 30,
             chunk_bytes=100,
         )
+        if rng.random() < 0.3:  # round numbers, so that much happens at the same instant
+            rounded = {name: -(-value // 1000) for name, value in costs._asdict().items() if name.endswith("_ns")}
+            costs = costs._replace(**rounded)
+        return costs
 
     def make_system(self, allocation):
         least = self.top_k * (self.layers if allocation == "uniform" else 1)
