@@ -138,7 +138,7 @@ def find_part(axis: str, spec: Mapping[str, Any], also_from: tuple[str, ...] = (
         raise InputError(f"{axis}._target_ is '{target}': it must be written MODULE.CLASS")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise InputError(f"{axis}._target_ is '{target}', which cannot be imported: {error}") from error
     if not isinstance(cls, type) or not hasattr(cls, "build"):
         raise InputError(f"{axis}._target_ is '{target}', which is no policy: it must be a class with a method `build`")

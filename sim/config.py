@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -79,7 +80,7 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | N
         try:
             composed = compose(name, [*overrides, *search])
             config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise InputError(readable(error, name, overrides, config_dir)) from error
     assert isinstance(config, dict)
     named = {str(key): value for key, value in config.items()}
