@@ -16,10 +16,12 @@ The axes, and the methods of each:
 predictor
     ``observe(seen)``                        learn from one event (optional)
     ``predict(seen, ahead, ids, scores)``    write the experts expected `ahead` layers after the event just
-                                             seen, best first, and return how many; 0 says "no prediction"
+                                             seen, best first and no more than ``len(ids)``, and return how many;
+                                             0 says "no prediction"
 prefetch
     ``depth``                                how many layers ahead it asks for
-    ``take(scores, count, tokens)``          how many of the `count` ranked experts to fetch
+    ``most(tokens)``                         how many experts it would fetch at most for a step of `tokens`
+    ``take(scores, count)``                  how many of the `count` ranked experts to fetch (optional: all of them)
 eviction
     ``on_miss(key, pool, now)``              a routed expert is absent; called for all of them when the event starts,
                                              before any room is made (optional)
@@ -81,6 +83,20 @@ def needs_of(policy: type) -> frozenset[str]:
     """Return what a policy class declared with `needs`."""
     declared: frozenset[str] = getattr(policy, "NEEDS", frozenset())
     return declared
+
+
+def steady(changed: str = "") -> Callable[[_Policy], _Policy]:
+    """Declare that scores of an eviction policy keep their order until the policy is told of one of the experts.
+
+    A hit, miss, insertion or eviction of an expert may move it among the others, time alone moves none; an engine then need
+    not look at all of them for every victim. `changed` names an array of one number that grows whenever that is not so.
+    """
+
+    def declare(policy: _Policy) -> _Policy:
+        policy.STEADY = changed  # type: ignore[attr-defined]
+        return policy
+
+    return declare
 
 
 def numbers_matter(reason: str) -> Callable[[_Policy], _Policy]:

@@ -9,17 +9,21 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from policies.contract import Ints
+
+Links = npt.NDArray[np.int32]
+"""Half as wide as other numbers of a policy: what every access follows should stay in the processor's nearest cache."""
 
 
 class Order(NamedTuple):
     """Doubly linked queues over `keys` expert keys; queue q has the sentinel node ``keys + q``."""
 
     keys: int
-    newer: Ints
-    older: Ints
-    queue: Ints
+    newer: Links
+    older: Links
+    queue: Links
     """[keys] the queue that a key stands in, -1 for none."""
     length: Ints
     """[queues] how many keys stand in each."""
@@ -27,8 +31,8 @@ class Order(NamedTuple):
 
 def make_order(keys: int, queues: int) -> Order:
     """Return `queues` empty queues over `keys` keys."""
-    links = np.arange(keys + queues, dtype=np.int64)
-    return Order(keys, links, links.copy(), np.full(keys, -1, np.int64), np.zeros(queues, np.int64))
+    links = np.arange(keys + queues, dtype=np.int32)
+    return Order(keys, links, links.copy(), np.full(keys, -1, np.int32), np.zeros(queues, np.int64))
 
 
 def with_lists(policy: Any) -> Any:

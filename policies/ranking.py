@@ -9,21 +9,43 @@ from policies.contract import Floats, Ints
 
 
 def rank(by_expert: Floats, seen_at: Ints, ids: Ints, scores: Floats) -> int:
-    """Write the experts whose score is above 0 into `ids` and `scores`, best first, and return how many.
+    """Write the best experts whose score is above 0 into `ids` and `scores` [at most], best first, and return how many.
 
     `by_expert` [E] are the scores; of equal ones the expert with the larger `seen_at` [E] comes first.
     """
-    order = np.argsort(-seen_at, kind="mergesort")
-    order = order[np.argsort(-by_expert[order], kind="mergesort")]
-    count = int(np.sum(by_expert > 0))
-    ids[:count] = order[:count]
-    scores[:count] = by_expert[order[:count]]
+    count = 0
+    for expert in range(len(by_expert)):
+        score = by_expert[expert]
+        if score <= 0:
+            continue
+        if count == len(ids):
+            if count == 0:
+                return 0
+            last = ids[count - 1]
+            if score < scores[count - 1] or (score == scores[count - 1] and seen_at[expert] <= seen_at[last]):
+                continue
+        else:
+            count += 1
+        place = count - 1
+        while place > 0:
+            ahead = ids[place - 1]
+            if score < scores[place - 1] or (score == scores[place - 1] and seen_at[expert] <= seen_at[ahead]):
+                break
+            ids[place] = ahead
+            scores[place] = scores[place - 1]
+            place -= 1
+        ids[place] = expert
+        scores[place] = score
     return count
 
 
 def note_seen(seen_at: Ints, experts: npt.NDArray[np.integer], event: int) -> None:
-    """Mark `experts` (any shape, -1 is none) as seen at `event`; of one event, those listed first rank higher."""
-    routed = experts.ravel()[::-1]
-    routed = routed[routed >= 0]
+    """Mark `experts` [n, K] (-1 is none) as seen at `event`; of one event, those listed first rank higher."""
     moment = (event + 1) << 20  # leaves room for a million routed experts in one event
-    seen_at[routed] = moment + np.arange(len(routed))  # of an expert routed twice the last assignment stays
+    tokens, top_k = experts.shape
+    for token in range(tokens - 1, -1, -1):
+        for place in range(top_k - 1, -1, -1):
+            expert = experts[token, place]
+            if expert >= 0:
+                moment += 1
+                seen_at[expert] = moment  # of an expert routed twice the last assignment stays

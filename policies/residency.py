@@ -13,10 +13,27 @@ import numpy as np
 
 from policies.contract import Setting
 from policies.order import with_lists
+from traces.errors import InputError
 
 FREE, AWAITED, HELD = 0, 1, 2
 """How firmly a resident is held: it may leave; it was prefetched and its event is still to come; it is in flight or
 the current event needs it."""
+
+
+class ContractError(InputError):
+    """A policy decided what the contract does not allow."""
+
+
+def no_victim(policy: str, key: int) -> str:
+    """Say that an eviction policy chose `key`, which it must not, or nobody (-1) where it must choose."""
+    if key < 0:
+        return f"eviction policy {policy} names no victim (-1), though not every resident is held"
+    return f"eviction policy {policy} chose expert key {key}: a victim must be a resident with holds[key] < limit, or -1"
+
+
+def no_prediction(policy: str, found: int, experts: int) -> str:
+    """Say that a predictor, or the prefetch rule that took of it, gave an id or a count that cannot be."""
+    return f"predictor {policy} or its prefetch rule gave {found}: ids are those of {experts} experts, counts what was asked for"
 
 
 class Residency:
@@ -45,8 +62,13 @@ class Residency:
             holds[key] = how
 
     def victim(self, pool: int, now: int, limit: int = HELD) -> int:
-        """Return the key that `pool` gives up, or -1 where every resident is held at `limit` or above."""
+        """Return the key that `pool` gives up, or -1 where every resident is held at `limit` or above.
+
+        Raises ContractError where the policy chose another.
+        """
         victim: int = self._victim(pool, self.holds, limit, now)
+        if victim >= 0 and (victim not in self.residents[pool] or self.holds[victim] >= limit):
+            raise ContractError(no_victim(type(self.eviction).__name__, victim))
         return victim
 
     def evict(self, key: int, now: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.contract import Future, Seen, Setting, needs_of
+from policies.contract import Floats, Future, Seen, Setting, needs_of
 from traces.errors import InputError, nearest
 
 AXES = ("predictor", "prefetch", "eviction", "allocation", "miss")
@@ -61,6 +61,8 @@ class System:
     miss: Any
     observe: Callable[[Seen], None]
     """The predictor's `observe`, or nothing where it does not learn."""
+    take: Callable[[Floats, int], int]
+    """The prefetch rule's `take`, or all where it has none."""
 
 
 def build_system(
@@ -117,7 +119,13 @@ def build_system(
     depth = built["prefetch"].depth
     if depth < 0:
         raise InputError(f"system '{composition.name}': prefetch.depth is {depth}: it must be at least 0")
-    return System(composition, setting, observe=getattr(built["predictor"], "observe", _learn_nothing), **built)
+    return System(
+        composition,
+        setting,
+        observe=getattr(built["predictor"], "observe", _learn_nothing),
+        take=getattr(built["prefetch"], "take", _take_all),
+        **built,
+    )
 
 
 def find_part(axis: str, spec: Mapping[str, Any], also_from: tuple[str, ...] = ()) -> Part:
@@ -191,6 +199,11 @@ def _share(part: int, whole: int) -> str:
 
 def _learn_nothing(seen: Seen) -> None:
     """Stand in for a predictor that does not learn."""
+
+
+def _take_all(scores: Floats, count: int) -> int:
+    """Stand in for a prefetch rule that takes whatever is ranked."""
+    return count
 
 
 def _named(capabilities: frozenset[str]) -> str:

@@ -17,9 +17,9 @@ class Events(NamedTuple):
     experts: int
     offsets: Ints
     """[events + 1]"""
-    keys: Ints
+    keys: npt.NDArray[np.int32]
     """Expert keys; within an event distinct, in order of first appearance (token by token, descending weight)."""
-    tokens: Ints
+    tokens: npt.NDArray[np.int32]
     """How many of the event's tokens use each key."""
 
     @property
@@ -33,29 +33,10 @@ def make_events(experts: npt.NDArray[np.integer], step_offsets: Ints, expert_cou
 
     Ids of -1 (a token that used fewer than K) are left out.
     """
-    layers = experts.shape[1]
-    first_key = np.arange(layers, dtype=np.int64) * expert_count
-    offsets, keys, tokens = [0], [], []
-    for start, end in zip(step_offsets[:-1].tolist(), step_offsets[1:].tolist(), strict=True):
-        for layer in range(layers):
-            routed = experts[start:end, layer].ravel()
-            routed = routed[routed >= 0]
-            if end - start > 1:
-                distinct, first, count = np.unique(routed, return_index=True, return_counts=True)
-                order = np.argsort(first)
-                routed, uses = distinct[order], count[order]
-            else:
-                uses = np.ones(len(routed), np.int64)
-            keys.append(routed + first_key[layer])
-            tokens.append(uses)
-            offsets.append(offsets[-1] + len(routed))
-    return Events(
-        layers,
-        expert_count,
-        np.array(offsets, np.int64),
-        np.concatenate(keys).astype(np.int64) if keys else np.zeros(0, np.int64),
-        np.concatenate(tokens).astype(np.int64) if tokens else np.zeros(0, np.int64),
-    )
+    from sim.fast.native import compiled
+    from sim.fast.unions import unions
+
+    return Events(experts.shape[1], expert_count, *compiled(unions)(experts, step_offsets, expert_count))
 
 
 def one_key_events(events: Events) -> Events:
@@ -65,11 +46,8 @@ def one_key_events(events: Events) -> Events:
 
 def future_of(events: Events) -> Future:
     """Return what clairvoyant policies receive: for every access the next event that needs the same key."""
-    event_of = np.repeat(np.arange(events.total), np.diff(events.offsets))
-    following = np.full(len(events.keys), NEVER, np.int64)
-    order = np.lexsort((event_of, events.keys))
-    same = events.keys[order[:-1]] == events.keys[order[1:]]
-    following[order[:-1][same]] = event_of[order[1:][same]]
-    first = np.full(events.layers * events.experts, NEVER, np.int64)
-    first[events.keys[::-1]] = event_of[::-1]
+    from sim.fast.native import compiled
+    from sim.fast.unions import next_uses
+
+    following, first = compiled(next_uses)(events.offsets, events.keys, events.layers * events.experts, NEVER)
     return Future(events.offsets, events.keys, following, first)

@@ -148,7 +148,8 @@ class _Engine:
         self.computed += sum(takes.values())
         if self.system.composition.reupload_after_use:
             yield self.env.timeout(max(0, compute - self.env.now))
-            self._end_event(compute)
+            if self.release_ns is not None:  # else the link came by at this very instant
+                self._end_event(compute)
             self._reupload(union)
             self.link.go()
         return compute
@@ -248,10 +249,11 @@ class _Engine:
             target = self.now + ahead
             if target >= self.events.total:
                 return
-            count = system.predictor.predict(seen, ahead, self.ids, self.scores)
+            most = min(system.prefetch.most(len(seen.experts)), experts)
+            count = system.predictor.predict(seen, ahead, self.ids[:most], self.scores[:most])
             if count == 0:
                 continue
-            count = system.prefetch.take(self.scores, count, len(seen.experts))
+            count = system.take(self.scores, count)
             target_layer = (layer + ahead) % layers
             first_key = target_layer * experts
             keys = [first_key + expert for expert in self.ids[:count].tolist()]
@@ -409,17 +411,17 @@ class _Observed:
         trace, rows = workload.trace, workload.rows
         self.starts = workload.offsets.tolist()
         self.experts = trace.experts[rows]
-        self.weights = trace.weights[rows]
+        self.weights = trace.weights[rows].astype(np.float32)  # what a policy computes with, in both engines
         self.request = workload.request
         self.lookahead_experts = self.lookahead_scores = self.router_logits = None
         if "lookahead" in needs:
             assert trace.lookahead_experts is not None
             assert trace.lookahead_scores is not None
             self.lookahead_experts = trace.lookahead_experts[rows]
-            self.lookahead_scores = trace.lookahead_scores[rows]
+            self.lookahead_scores = trace.lookahead_scores[rows].astype(np.float32)
         if "logits" in needs:
             assert trace.router_logits is not None
-            self.router_logits = trace.router_logits[rows]
+            self.router_logits = trace.router_logits[rows].astype(np.float32)
 
     def event(self, step: int, layer: int, now: int) -> Seen:
         """Return what a real system sees at this event."""

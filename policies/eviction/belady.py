@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from policies.contract import Future, Ints, Setting, needs
+from policies.contract import Future, Ints, Setting, needs, steady
 
 
 @needs("future")
+@steady()
 class Belady(NamedTuple):
     """Evict the expert whose next use is farthest; it needs the future, which no real system has.
 

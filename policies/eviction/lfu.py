@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.contract import Ints, Setting
+from policies.contract import Ints, Setting, steady
 
 ONE_USE = 1 << 40
 """Weight of a use beside the event of the last use: more events than any trace has."""
 
 
+@steady()
 class LFU(NamedTuple):
     """Evict the expert used least often since it took its slot; of equals, the one whose last use is oldest.
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.contract import Floats, Setting
+from policies.contract import Floats, Ints, Setting, steady
 
 RESCALE_AT = 2.0**300
 """Growth at which all weights are scaled back. A power of two, so that scaling rounds nothing."""
 
 
+@steady(changed="rescaled")
 class LRFU(NamedTuple):
     """Evict the expert with the smallest use count, where a use made n steps ago counts ``decay ** n``.
 
@@ -32,6 +33,8 @@ class LRFU(NamedTuple):
     clock: Floats
     """[1] the event that `growth` belongs to."""
     growth_per_event: float
+    rescaled: Ints
+    """[1] how often the weights were scaled back: very small ones then become equal."""
 
     @classmethod
     def build(cls, setting: Setting, decay: float = 0.96) -> LRFU:
@@ -39,7 +42,7 @@ class LRFU(NamedTuple):
         if not 0 < decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], not {decay}")
         growth_per_event = decay ** (-1 / setting.layers)
-        return cls(np.zeros(setting.keys), np.ones(1), np.zeros(1), growth_per_event)
+        return cls(np.zeros(setting.keys), np.ones(1), np.zeros(1), growth_per_event, np.zeros(1, np.int64))
 
     def on_miss(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         while self.clock[0] < now:
@@ -48,6 +51,7 @@ class LRFU(NamedTuple):
             if self.growth[0] > RESCALE_AT:
                 self.growth[0] /= RESCALE_AT
                 self.weight[:] /= RESCALE_AT
+                self.rescaled[0] += 1
         self.weight[key] += self.growth[0]
 
     def on_insert(self, key: int, pool: int, now: int) -> None:  # noqa: D102
@@ -60,6 +64,7 @@ class LRFU(NamedTuple):
             if self.growth[0] > RESCALE_AT:
                 self.growth[0] /= RESCALE_AT
                 self.weight[:] /= RESCALE_AT
+                self.rescaled[0] += 1
         self.weight[key] += self.growth[0]
 
     def on_evict(self, key: int, pool: int, now: int) -> None:  # noqa: D102

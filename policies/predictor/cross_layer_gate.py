@@ -37,9 +37,11 @@ class CrossLayerGate(NamedTuple):
         ranked = seen.lookahead_experts[:, ahead - 1]
         probability = seen.lookahead_scores[:, ahead - 1]
         if len(ranked) == 1:
-            count = ranked.shape[1] if ranked[0, -1] >= 0 else int(np.sum(ranked[0] >= 0))
-            ids[:count] = ranked[0, :count]
-            scores[:count] = probability[0, :count]
+            count = 0
+            while count < min(len(ids), ranked.shape[1]) and ranked[0, count] >= 0:
+                ids[count] = ranked[0, count]
+                scores[count] = probability[0, count]
+                count += 1
             return count
         votes = np.zeros(self.experts)
         first_vote = np.zeros(self.experts, np.int64)  # earlier tokens and ranks win ties

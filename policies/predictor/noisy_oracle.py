@@ -21,6 +21,7 @@ class NoisyOracle(NamedTuple):
 
     future: Future
     layers: int
+    experts: int
     recall: float
     false_positive_rate: float
     seed: int
@@ -33,18 +34,18 @@ class NoisyOracle(NamedTuple):
                 raise ValueError(f"{name} is {rate}: it must lie between 0 and 1")
         assert setting.future is not None, "a setting for a policy that needs the future holds it"
         # YAML's 0 is a whole number; an array of whole numbers would cut the other rate off.
-        return cls(setting.future, setting.layers, float(recall), float(false_positive_rate), setting.seed)
+        return cls(setting.future, setting.layers, setting.experts, float(recall), float(false_positive_rate), setting.seed)
 
     def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102
         event = seen.event + ahead
         if event + 1 >= len(self.future.offsets):
             return 0
-        first_key = ((seen.layer + ahead) % self.layers) * len(ids)
-        chance = np.full(len(ids), self.false_positive_rate)
+        first_key = ((seen.layer + ahead) % self.layers) * self.experts
+        chance = np.full(self.experts, self.false_positive_rate)
         for i in range(self.future.offsets[event], self.future.offsets[event + 1]):
             chance[self.future.keys[i] - first_key] = self.recall
-        draw, position = _uniform(self.seed, event, ahead, len(ids))
-        return rank(np.where(draw < chance, position, 0.0), np.zeros(len(ids), np.int64), ids, scores)
+        draw, position = _uniform(self.seed, event, ahead, self.experts)
+        return rank(np.where(draw < chance, position, 0.0), np.zeros(self.experts, np.int64), ids, scores)
 
 
 def _uniform(seed: int, event: int, ahead: int, count: int) -> tuple[Floats, Floats]:

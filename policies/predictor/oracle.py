@@ -13,21 +13,22 @@ class Oracle(NamedTuple):
 
     future: Future
     layers: int
+    experts: int
 
     @classmethod
     def build(cls, setting: Setting) -> Oracle:
         """Keep the future that the setting holds."""
         assert setting.future is not None, "a setting for a policy that needs the future holds it"
-        return cls(setting.future, setting.layers)
+        return cls(setting.future, setting.layers, setting.experts)
 
     def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102
         event = seen.event + ahead
         if event + 1 >= len(self.future.offsets):
             return 0
-        first_key = ((seen.layer + ahead) % self.layers) * len(ids)
-        count = 0
-        for i in range(self.future.offsets[event], self.future.offsets[event + 1]):
-            ids[count] = self.future.keys[i] - first_key
-            scores[count] = 1.0
-            count += 1
+        first_key = ((seen.layer + ahead) % self.layers) * self.experts
+        start = self.future.offsets[event]
+        count = min(len(ids), self.future.offsets[event + 1] - start)
+        for place in range(count):
+            ids[place] = self.future.keys[start + place] - first_key
+            scores[place] = 1.0
         return count

@@ -57,14 +57,18 @@ class Transition(NamedTuple):
                     routed[count] = expert
                     count += 1
                 share[expert] += 1.0 / len(seen.experts)
-        now_used = routed[:count]
+        used = 0.0
+        for expert in routed[:count]:
+            used += share[expert]
         for ahead in range(1, min(len(self.pairs), layer) + 1):
             for before in self.routed[layer - ahead]:
                 if before < 0:
                     break
                 weight = self.share[layer - ahead, before]
-                self.pairs[ahead - 1, layer - ahead, before][now_used] += weight * share[now_used]
-                self.total[ahead - 1, layer - ahead, before] += weight * np.sum(share[now_used])
+                followers = self.pairs[ahead - 1, layer - ahead, before]
+                for expert in routed[:count]:
+                    followers[expert] += weight * share[expert]
+                self.total[ahead - 1, layer - ahead, before] += weight * used
         note_seen(self.seen_at[layer], seen.experts, seen.event)
 
     def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102

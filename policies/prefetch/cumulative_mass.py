@@ -16,19 +16,25 @@ class CumulativeMass(NamedTuple):
 
     depth: int
     mass: float
+    experts: int
 
     @classmethod
     def build(cls, setting: Setting, mass: float = 0.8, depth: int = 1) -> CumulativeMass:
         """`mass` between 0 (nothing) and 1 (everything predicted)."""
         if not 0 <= mass <= 1:
             raise ValueError(f"mass is {mass}: it must lie between 0 and 1")
-        return cls(depth, mass)
+        return cls(depth, float(mass), setting.experts)
 
-    def take(self, scores: Floats, count: int, tokens: int) -> int:  # noqa: D102
-        wanted = self.mass * scores[:count].sum()
+    def most(self, tokens: int) -> int:  # noqa: D102
+        return self.experts
+
+    def take(self, scores: Floats, count: int) -> int:  # noqa: D102
+        total = 0.0
+        for place in range(count):
+            total += scores[place]
         held = 0.0
-        for taken in range(count):
-            if held >= wanted:
-                return taken
-            held += scores[taken]
+        for place in range(count):
+            if held >= self.mass * total:
+                return place
+            held += scores[place]
         return count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from policies.contract import Floats, Setting
+from policies.contract import Setting
 
 
 class NoPrefetch(NamedTuple):
@@ -17,5 +17,5 @@ class NoPrefetch(NamedTuple):
         """Look no layer ahead."""
         return cls(0)
 
-    def take(self, scores: Floats, count: int, tokens: int) -> int:  # noqa: D102
+    def most(self, tokens: int) -> int:  # noqa: D102
         return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from policies.contract import Floats, Setting
+from policies.contract import Setting
 
 
 class Percentile(NamedTuple):
@@ -24,5 +24,5 @@ class Percentile(NamedTuple):
             raise ValueError(f"percentile is {percentile}: it must lie between 0 and 100")
         return cls(depth, round(setting.experts * (100 - percentile) / 100))
 
-    def take(self, scores: Floats, count: int, tokens: int) -> int:  # noqa: D102
-        return min(count, self.n * tokens)
+    def most(self, tokens: int) -> int:  # noqa: D102
+        return self.n * tokens

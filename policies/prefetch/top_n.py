@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from policies.contract import Floats, Setting
+from policies.contract import Setting
 
 
 class TopN(NamedTuple):
@@ -20,5 +20,5 @@ class TopN(NamedTuple):
             raise ValueError(f"n is {n}: it must be at least 0")
         return cls(depth, setting.top_k if n is None else n)
 
-    def take(self, scores: Floats, count: int, tokens: int) -> int:  # noqa: D102
-        return min(count, self.n * tokens)
+    def most(self, tokens: int) -> int:  # noqa: D102
+        return self.n * tokens

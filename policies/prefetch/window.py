@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from policies.contract import Floats, Setting
+from policies.contract import Setting
 
 
 class Window(NamedTuple):
@@ -17,6 +17,7 @@ class Window(NamedTuple):
 
     depth: int
     n: int
+    experts: int
 
     @classmethod
     def build(cls, setting: Setting, depth: int = 1, least: int = 1) -> Window:
@@ -24,7 +25,7 @@ class Window(NamedTuple):
         if least < 0:
             raise ValueError(f"least is {least}: it must be at least 0")
         n = setting.layer_ns // setting.transfer_ns if setting.transfer_ns else setting.experts
-        return cls(depth, max(n, least))
+        return cls(depth, max(n, least), setting.experts)
 
-    def take(self, scores: Floats, count: int, tokens: int) -> int:  # noqa: D102
-        return min(count, self.n) if tokens == 1 else count
+    def most(self, tokens: int) -> int:  # noqa: D102
+        return self.n if tokens == 1 else self.experts

@@ -1,0 +1,318 @@
+"""What the engine's loop calls in a policy: a table of addresses, and the states that they work on.
+
+A policy that numba can compile is compiled; any other is called back in plain Python (`sim.fast.callbacks`). The loop does
+not know which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from policies.contract import Seen, Setting
+from policies.system import System
+from sim.fast import members
+from sim.fast.callbacks import PythonEviction, PythonPredictor, callback
+from sim.fast.native import compiled, entry, make_known, size_of, store
+
+EVENT, ADMIT, EVICTED, OBSERVE, PREDICT, MOST, TAKE, EVICTION, PREDICTOR, PREFETCH = range(10)
+"""Places in the table: seven entries (0 where there is nothing to call), then the states of the three policies."""
+
+PLACES = (
+    *("event_entry", "admit_entry", "evicted_entry", "observe_entry", "predict_entry", "most_entry", "take_entry"),
+    *("eviction_state", "predictor_state", "prefetch_state"),
+)
+"""Their names in `sim.fast.state.RUN`."""
+
+NOBODY, REFUSED = -1, -2
+"""What ADMIT returns when nobody had to leave, and when nobody may."""
+ROOM = -1
+"""The limit given to ADMIT when there is a free slot."""
+
+
+class Told(NamedTuple):
+    """What the loop writes for policies to read: memory that they share, so that a call carries four numbers only."""
+
+    holds: Any
+    """[keys] int8: how firmly every key is held."""
+    hits: Any
+    """[E] int32: keys of the running event that were there."""
+    misses: Any
+    """[E] int32: keys of the running event that were not."""
+    seen: Any
+    """[4]: event, layer, and of the observed rows the first and the one after the last."""
+    ids: Any
+    """[E]: what a predictor writes."""
+    scores: Any
+    """[E]"""
+
+
+def make_told(setting: Setting) -> Told:
+    """Return the shared memory of one run."""
+    return Told(
+        holds=np.zeros(setting.keys, np.int8),
+        hits=np.zeros(setting.experts, np.int32),
+        misses=np.zeros(setting.experts, np.int32),
+        seen=np.zeros(4, np.int64),
+        ids=np.zeros(setting.experts, np.int64),
+        scores=np.zeros(setting.experts, np.float64),
+    )
+
+
+class Observed(NamedTuple):
+    """The rows of one part of a run as predictors see them: the arrays of `policies.contract.Seen` for all layers."""
+
+    experts: Any
+    weights: Any
+    request: Any
+    lookahead_experts: Any
+    lookahead_scores: Any
+    router_logits: Any
+
+
+class Hooks:
+    """The policies of one system, ready to be called by the loop."""
+
+    def __init__(self, system: System, told: Told, *, interpret: bool = False) -> None:
+        """Compile what can be compiled; `interpret` runs every policy in Python all the same."""
+        self.table = np.zeros(10, np.int64)
+        self.faults: list[BaseException] = []
+        """What policies run in Python raised."""
+        self.interpreted: list[str] = []
+        """Axes whose policies run in Python."""
+        self._system, self._told, self._interpret = system, told, interpret
+        self._alive: list[Any] = []
+        """States, memories and callbacks that the table points to."""
+        self._bind_eviction()
+
+    def observe(self, observed: Observed) -> None:
+        """Show the predictor the rows of the next part of the run."""
+        if not self._system.prefetch.depth:
+            return
+        if self._observe is None:
+            self._bind_prefetch()
+            self._bind_predictor(observed)
+        self._observe(observed)
+
+    _observe: Any = None
+
+    def _bind_eviction(self) -> None:
+        policy, told, setting = self._system.eviction, self._told, self._system.setting
+        chooses = hasattr(policy, "victim")
+        state = (policy, told) if chooses else (policy, told, members.make_members(setting, policy))
+        if not self._compile("eviction", EVICTION, _bind_choosing if chooses else _bind_scoring, state):
+            python = PythonEviction(policy, setting, told)
+            self._call_back({EVENT: python.event, ADMIT: python.admit, EVICTED: python.evicted})
+
+    def _bind_prefetch(self) -> None:
+        policy, scores = self._system.prefetch, self._told.scores
+        if not self._compile("prefetch", PREFETCH, _bind_prefetch, (policy, self._told)):
+            self._call_back({MOST: policy.most, TAKE: lambda count: policy.take(scores, count)})
+        if not hasattr(policy, "take"):
+            self.table[TAKE] = 0
+
+    def _bind_predictor(self, observed: Observed) -> None:
+        policy, told = self._system.predictor, self._told
+        if self._compile("predictor", PREDICTOR, _bind_predictor, (policy, told, observed)):
+            self._observe = lambda rows: self._put(PREDICTOR, _bind_predictor, (policy, told, rows))
+        else:
+            python = PythonPredictor(policy, told)
+            self._call_back({OBSERVE: python.observe, PREDICT: python.predict})
+            self._observe = python.show
+        if not hasattr(policy, "observe"):
+            self.table[OBSERVE] = 0
+
+    def _compile(self, axis: str, place: int, bind: Callable[..., Any], state: Any) -> bool:
+        """Compile the entries of a policy, if numba can, and put its state into memory."""
+        if not self._interpret and isinstance(state[0], tuple):
+            try:
+                self._put(place, bind, state)
+            except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
+                pass
+            else:
+                return True
+        self.interpreted.append(axis)
+        return False
+
+    def _put(self, place: int, bind: Callable[..., Any], state: Any) -> None:
+        memory = np.zeros(2048, np.int64)
+        function = compiled(bind, *make_known(type(state[0])))
+        if not function(state, memory.ctypes.data, memory.nbytes, self.table):
+            raise ValueError("a policy has more arrays than there is room for")
+        self.table[place] = memory.ctypes.data
+        self._alive = [kept for kept in self._alive if kept[0] != place] + [(place, state, memory)]
+
+    def _call_back(self, functions: dict[int, Callable[..., Any]]) -> None:
+        for place, function in functions.items():
+            self.table[place], kept = callback(function, self.faults)
+            self._alive.append((place, kept))
+
+
+# ---- entries of eviction policies that choose a victim ------------------------------------------------------------
+
+
+def choosing_event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
+    """Tell an eviction policy which experts of an event are there and which are not."""
+    policy, told = state
+    for index in range(hits):
+        policy.on_hit(told.hits[index], pool, now)
+    for index in range(misses):
+        policy.on_miss(told.misses[index], pool, now)
+    return 0
+
+
+def choosing_admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
+    """Give `key` a slot: a free one, or one whose resident is held below `limit`; return who left."""
+    policy, told = state
+    leaving = NOBODY
+    if limit != ROOM:
+        leaving = policy.victim(pool, told.holds, limit, now)
+        if leaving < 0:
+            return REFUSED
+        if leaving < len(told.holds):
+            policy.on_evict(leaving, pool, now)
+    policy.on_insert(key, pool, now)
+    return leaving
+
+
+def choosing_evicted(state: Any, key: Any, pool: Any, now: Any, unused: Any) -> Any:
+    """Tell that `key` lost its slot for another reason than to make room."""
+    policy, told = state
+    policy.on_evict(key, pool, now)
+    return 0
+
+
+_choosing_event, _choosing_admit, _choosing_evicted = map(entry, (choosing_event, choosing_admit, choosing_evicted))
+
+
+def _bind_choosing(state: Any, memory: Any, size: Any, table: Any) -> Any:
+    if size < size_of(state):
+        return False
+    store(memory, state)
+    table[EVENT], table[ADMIT] = _choosing_event(state), _choosing_admit(state)
+    table[EVICTED] = _choosing_evicted(state)
+    return True
+
+
+# ---- entries of eviction policies that score ----------------------------------------------------------------------
+
+
+def scoring_event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
+    """Tell an eviction policy which experts of an event are there and which are not."""
+    policy, told, residents = state
+    for index in range(hits):
+        policy.on_hit(told.hits[index], pool, now)
+        members.touch(residents, told.hits[index])
+    for index in range(misses):
+        policy.on_miss(told.misses[index], pool, now)
+    return 0
+
+
+def scoring_admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
+    """Give `key` a slot: a free one, or that of the lowest score held below `limit`; return who left."""
+    policy, told, residents = state
+    leaving = NOBODY
+    if limit != ROOM:
+        leaving = members.lowest(policy, residents, told.holds, pool, limit, now)
+        if leaving < 0:
+            return REFUSED
+        members.remove(residents, leaving, pool)
+        policy.on_evict(leaving, pool, now)
+    members.insert(residents, key, pool)
+    policy.on_insert(key, pool, now)
+    return leaving
+
+
+def scoring_evicted(state: Any, key: Any, pool: Any, now: Any, unused: Any) -> Any:
+    """Tell that `key` lost its slot for another reason than to make room."""
+    policy, told, residents = state
+    members.remove(residents, key, pool)
+    policy.on_evict(key, pool, now)
+    return 0
+
+
+_scoring_event, _scoring_admit, _scoring_evicted = map(entry, (scoring_event, scoring_admit, scoring_evicted))
+
+
+def _bind_scoring(state: Any, memory: Any, size: Any, table: Any) -> Any:
+    if size < size_of(state):
+        return False
+    store(memory, state)
+    table[EVENT], table[ADMIT] = _scoring_event(state), _scoring_admit(state)
+    table[EVICTED] = _scoring_evicted(state)
+    return True
+
+
+# ---- entries of predictors and prefetch rules ---------------------------------------------------------------------
+
+
+def observe(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Let the predictor learn from the running event."""
+    policy, told, observed = state
+    now, layer, start, stop = told.seen
+    policy.observe(
+        Seen(
+            now,
+            layer,
+            observed.experts[start:stop, layer],
+            observed.weights[start:stop, layer],
+            observed.request[start:stop],
+            observed.lookahead_experts[start:stop, layer],
+            observed.lookahead_scores[start:stop, layer],
+            observed.router_logits[start:stop, layer],
+        )
+    )
+    return 0
+
+
+def predict(state: Any, ahead: Any, most: Any, c: Any, d: Any) -> Any:
+    """Let the predictor write up to `most` experts expected `ahead` layers later; return how many."""
+    policy, told, observed = state
+    now, layer, start, stop = told.seen
+    seen = Seen(
+        now,
+        layer,
+        observed.experts[start:stop, layer],
+        observed.weights[start:stop, layer],
+        observed.request[start:stop],
+        observed.lookahead_experts[start:stop, layer],
+        observed.lookahead_scores[start:stop, layer],
+        observed.router_logits[start:stop, layer],
+    )
+    return policy.predict(seen, ahead, told.ids[:most], told.scores[:most])
+
+
+_observe, _predict = entry(observe), entry(predict)
+
+
+def _bind_predictor(state: Any, memory: Any, size: Any, table: Any) -> Any:
+    if size < size_of(state):
+        return False
+    store(memory, state)
+    table[OBSERVE], table[PREDICT] = _observe(state), _predict(state)
+    return True
+
+
+def most(state: Any, tokens: Any, b: Any, c: Any, d: Any) -> Any:
+    """Return how many experts the prefetch rule would take at most."""
+    policy, told = state
+    return policy.most(tokens)
+
+
+def take(state: Any, count: Any, b: Any, c: Any, d: Any) -> Any:
+    """Return how many of the predicted experts the prefetch rule takes."""
+    policy, told = state
+    return policy.take(told.scores, count)
+
+
+_most, _take = entry(most), entry(take)
+
+
+def _bind_prefetch(state: Any, memory: Any, size: Any, table: Any) -> Any:
+    if size < size_of(state):
+        return False
+    store(memory, state)
+    table[MOST], table[TAKE] = _most(state), _take(state)
+    return True

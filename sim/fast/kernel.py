@@ -1,0 +1,647 @@
+"""The memory model as one compiled loop: what `sim.reference` and `sim.link` say, function by function, without SimPy.
+
+Where the reference engine schedules, this loop keeps one alarm, that of the link, and lets the link act up to the moment at
+which the host acts next. Names and order of the functions are those of the reference engine: every change there belongs
+here too, and the equality tests see to that. The state is described in `sim.fast.state`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from policies.contract import NEVER
+from policies.residency import AWAITED, FREE, HELD
+from sim.fast.hooks import REFUSED, ROOM
+from sim.fast.native import FAILED, call
+from sim.fast.state import (
+    INT32,
+    INT64,
+    LOG,
+    cell,
+    coming,
+    expert_of,
+    held,
+    hold,
+    number,
+    place,
+    pool_of,
+    put,
+    record,
+    step_of,
+)
+
+NOTHING = -1
+"""No expert key."""
+
+END, END_TRAIN, GIVE_WAY = range(3)
+"""What the link's alarm means."""
+
+BY_EXCEPTION, BY_VICTIM, BY_PREDICTION, BY_HOLDING = 1, 2, 3, 4
+"""What stopped a run: a policy raised, chose a victim that may not leave, predicted what is none, or kept every slot."""
+
+EVENTS = ("hit", "late_hit", "miss", "load", "prefetch", "refresh", "landed", "cancel", "evict", "end")
+"""Names of what is logged, by number."""
+HIT, LATE_HIT, MISS, LOADS, PREFETCHES, REFRESH, LANDED, CANCEL, EVICT, ENDS = range(len(EVENTS))
+
+
+def run_part(runs: Any, stop: Any) -> Any:
+    """Run on to event `stop`, or until the log is full or a policy broke the contract; return the event to go on with.
+
+    Compiled by whoever calls it (`sim.fast.run`), which is also where the arguments are made.
+    """
+    run = runs[0]
+    while run.now + 1 < stop and not run.broken:
+        if run.logging and run.logged + 4 * run.keys + 2 * run.experts + 8 > run.log_room:
+            break
+        attention_ns = step_of(run).attention_ns
+        # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
+        issued = run.host + run.host_gate_ns
+        gate_end = max(max(run.compute, run.host) + attention_ns, issued)
+        run.computed += attention_ns
+        run.host_idle += gate_end - run.compute - attention_ns
+        _let_link_act(run, gate_end + run.readout_ns)
+
+        run.host = run.time + run.host_experts_ns
+        _serve_event(run, gate_end)
+        run.layer += 1
+        if run.layer == run.layers:
+            run.layer = 0
+            step_ns = step_of(run).step_ns
+            run.host += run.host_step_ns
+            step_end = max(run.compute + step_ns, run.host)
+            run.computed += step_ns
+            run.host_idle += step_end - run.compute - step_ns
+            run.compute = step_end
+            _close_step(run, step_of(run))
+            run.step += 1
+            if run.now + 1 == run.events:
+                _let_link_act(run, run.compute)
+    return run.now + 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _serve_event(run: Any, gate_end: Any) -> None:
+    """Decide, load and compute the experts of one (step, layer)."""
+    if run.release_ns != NEVER:
+        _end_event(run)
+    run.now += 1
+    run.row = 0 if run.row == run.depth else run.row + 1
+    start = number(run.offsets_at, run.now - run.first_event, INT64)
+    stop = number(run.offsets_at, run.now - run.first_event + 1, INT64)
+    pool = expert_of(run, run.layer * run.experts).pool
+    present, awaited, absent = _judge(run, start, stop, pool)
+    _drop_stale_prefetches(run)
+
+    # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
+    slots = pool_of(run, pool).capacity
+    wave, next_wave = 0, min(absent, slots - present - awaited)
+    compute = run.host
+    run.host_idle += run.host - gate_end
+    _begin_wave(run, present, awaited, wave, next_wave)
+    if run.depth:
+        _predict(run)
+    for index in range(present):
+        compute += expert_of(run, place(run, index).present).takes
+    while True:
+        _let_link_act(run, run.time)
+        for index in range(run.arrivals):
+            landed = place(run, index).arrival_ns
+            if landed > compute:
+                run.waited += landed - compute
+                compute = landed
+            compute += expert_of(run, place(run, index).arrival).takes
+        if next_wave >= absent or run.broken:
+            break
+        _let_link_act(run, max(compute, run.time))
+        _release(run)
+        wave, next_wave = next_wave, min(absent, next_wave + slots)
+        _begin_wave(run, 0, 0, wave, next_wave)
+    run.release_ns = compute
+    run.compute = compute
+    if run.reupload_after_use:
+        _let_link_act(run, max(compute, run.time))
+        if run.release_ns != NEVER:
+            _end_event(run)
+        for index in range(start, stop):
+            key = number(run.keys_at, index, INT32)
+            if expert_of(run, key).resident and not expert_of(run, key).transfer:
+                _queue(run, key, run.now, True)
+        _let_link_act(run, run.time)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _judge(
+    run: Any,
+    start: Any,
+    stop: Any,
+    pool: Any,
+) -> Any:
+    """Split what the event needs into resident, in flight and absent (`told.misses`), and return how many of each."""
+    present = awaited = absent = hits = 0
+    for index in range(start, stop):
+        key = number(run.keys_at, index, INT32)
+        expert = expert_of(run, key)
+        takes = number(run.expert_ns_at, number(run.tokens_at, index, INT32), INT64)
+        expert.takes = takes
+        run.computed += takes
+        expert.needed = run.now
+        if not expert.resident:
+            put(run.misses_at, absent, key, INT32)
+            absent += 1
+            continue
+        put(run.hits_at, hits, key, INT32)
+        hits += 1
+        if expert.transfer:
+            place(run, awaited).awaited = key
+            awaited += 1
+        else:
+            place(run, present).present = key
+            present += 1
+        if expert.unused >= 0:
+            expert.unused = -1
+            if expert.transfer:
+                run.late_bytes += run.expert_bytes
+            else:
+                run.useful_bytes += run.expert_bytes
+    if run.logging:
+        for index in range(present):
+            _note(run, run.time, HIT, place(run, index).present)
+        for index in range(awaited):
+            _note(run, run.time, LATE_HIT, place(run, index).awaited)
+        for index in range(absent):
+            _note(run, run.time, MISS, number(run.misses_at, index, INT32))
+    if hits + absent > 0 and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
+        run.broken = BY_EXCEPTION
+    run.hits += present
+    run.late_hits += awaited
+    run.misses += absent
+    this = coming(run, 0)
+    if this.predicted >= 0:
+        run.predicted += this.predicted
+        for index in range(start, stop):
+            run.predicted_and_needed += cell(run, 0, expert_of(run, number(run.keys_at, index, INT32)).number).predicted
+        run.needed_after_prediction += stop - start
+        for index in range(this.predicted):
+            cell(run, 0, cell(run, 0, index).choice).predicted = False
+        this.predicted = NOTHING
+    return present, awaited, absent
+
+
+@njit  # type: ignore[untyped-decorator]
+def _begin_wave(run: Any, present: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
+    """Hold what the wave needs and ask the link for what it lacks: what is partly here first, then in routed order."""
+    run.held = 0
+    run.arrivals = 0
+    for index in range(present):
+        _hold(run, place(run, index).present)
+    for index in range(awaited):
+        key = place(run, index).awaited
+        _hold(run, key)
+        run.outstanding += 1
+        if not expert_of(run, key).demand:
+            _promote(run, key)
+    for index in range(wave, next_wave):
+        key = number(run.misses_at, index, INT32)
+        expert = expert_of(run, key)
+        _hold(run, key)
+        if expert.transfer:
+            run.outstanding += 1
+            _promote(run, key)
+        elif expert.resident:  # a prefetch for the next step brought it while earlier waves ran
+            _note_arrival(run, run.time, key)
+        else:
+            run.outstanding += 1
+            _prepare(run, expert, run.now, False)
+            expert.demand = True
+            place(run, run.demands).demand = key
+            run.demands += 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _hold(run: Any, key: Any) -> None:
+    hold(run, key, HELD)
+    place(run, run.held).held = key
+    run.held += 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _release(run: Any) -> None:
+    for index in range(run.held):
+        hold(run, place(run, index).held, FREE)
+    run.held = 0
+
+
+@njit  # type: ignore[untyped-decorator]
+def _note_arrival(run: Any, ns: Any, key: Any) -> None:
+    place(run, run.arrivals).arrival = key
+    place(run, run.arrivals).arrival_ns = ns
+    run.arrivals += 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _drop_stale_prefetches(run: Any) -> None:
+    """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
+    key = run.oldest
+    while key != NOTHING:
+        expert = expert_of(run, key)
+        newer = expert.newer
+        if expert.target <= run.now and not expert.refresh and expert.needed != run.now:
+            _unqueue(run, key)
+            _give_up(run, key)
+        key = newer
+
+
+@njit  # type: ignore[untyped-decorator]
+def _end_event(run: Any) -> None:
+    """Let go of what the event held: done when the first to care, link or next event, comes by."""
+    ns = run.release_ns
+    run.release_ns = NEVER
+    _release(run)
+    for index in range(coming(run, 0).prefetched):
+        key = cell(run, 0, index).prefetched
+        expert = expert_of(run, key)
+        cell(run, 0, expert.number).listed = False
+        if expert.unused == run.now and not expert.transfer:
+            hold(run, key, FREE)
+            if run.drop_unused_prefetches:
+                _evict(run, key, ns)
+    coming(run, 0).prefetched = 0
+    _note(run, ns, ENDS, NOTHING)
+
+
+# ---- prediction --------------------------------------------------------------------------------------------------
+
+
+@njit  # type: ignore[untyped-decorator]
+def _predict(run: Any) -> None:
+    """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
+    step = step_of(run)
+    put(run.seen_at, 0, run.now, INT64)
+    put(run.seen_at, 1, run.layer, INT64)
+    put(run.seen_at, 2, step.first_row, INT64)
+    put(run.seen_at, 3, step.last_row, INT64)
+    tokens = step.last_row - step.first_row
+    if run.observe_entry and call(run.observe_entry, run.predictor_state, 0, 0, 0, 0) == FAILED:
+        run.broken = BY_EXCEPTION
+    for ahead in range(1, run.depth + 1):
+        if run.now + ahead >= run.events:
+            return
+        most = call(run.most_entry, run.prefetch_state, tokens, 0, 0, 0)
+        count = call(run.predict_entry, run.predictor_state, ahead, min(most, run.experts), 0, 0) if most >= 0 else most
+        if count > 0 and run.take_entry:
+            taken = call(run.take_entry, run.prefetch_state, count, 0, 0, 0)
+        else:
+            taken = count
+        if most == FAILED or count == FAILED or taken == FAILED:
+            run.broken = BY_EXCEPTION
+            return
+        if most < 0 or count < 0 or count > min(most, run.experts) or taken < 0 or taken > count:
+            run.broken = BY_PREDICTION
+            run.broken_by = taken
+            return
+        if count == 0:
+            continue
+        first_key = ((run.layer + ahead) % run.layers) * run.experts
+        event = coming(run, ahead)
+        event.predicted = max(event.predicted, 0)
+        for index in range(taken):
+            chosen = number(run.ids_at, index, INT64)
+            if chosen < 0 or chosen >= run.experts:
+                run.broken = BY_PREDICTION
+                run.broken_by = chosen
+                return
+            if not cell(run, ahead, chosen).predicted:
+                cell(run, ahead, chosen).predicted = True
+                cell(run, ahead, event.predicted).choice = chosen
+                event.predicted += 1
+            expert = expert_of(run, first_key + chosen)
+            if not expert.resident and not expert.transfer:
+                _queue(run, first_key + chosen, run.now + ahead, False)
+
+
+# ---- slots -------------------------------------------------------------------------------------------------------
+
+
+@njit  # type: ignore[untyped-decorator]
+def _start_transfer(
+    run: Any,
+    key: Any,
+    ns: Any,
+) -> Any:
+    """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
+    expert = expert_of(run, key)
+    if expert.refresh:
+        hold(run, key, HELD)
+        _note(run, ns, REFRESH, key)
+        return True
+    if not _take_slot(run, key, ns):
+        run.cancelled += 1
+        expert.transfer = False
+        _note(run, ns, CANCEL, key)
+        return False
+    hold(run, key, HELD)
+    expert.resident = True
+    pool_of(run, expert.pool).taken += 1
+    run.taken += 1
+    run.peak_slots = max(run.peak_slots, run.taken)
+    if expert.demand:
+        run.demand_bytes += run.expert_bytes
+        _note(run, ns, LOADS, key)
+    else:
+        run.prefetches += 1
+        expert.unused = expert.target
+        ahead = expert.target - run.now
+        if not cell(run, ahead, expert.number).listed:
+            cell(run, ahead, expert.number).listed = True
+            event = coming(run, ahead)
+            cell(run, ahead, event.prefetched).prefetched = key
+            event.prefetched += 1
+        _note(run, ns, PREFETCHES, key)
+    return True
+
+
+@njit  # type: ignore[untyped-decorator]
+def _take_slot(
+    run: Any,
+    key: Any,
+    ns: Any,
+) -> Any:
+    """Find a slot for `key`: a free one, or that of an expert that nothing needs; for a demand also one that was prefetched
+    for a coming event, or that of a paused prefetch."""
+    if run.time >= run.release_ns:
+        _end_event(run)
+    pool = expert_of(run, key).pool
+    limit = ROOM if pool_of(run, pool).taken < pool_of(run, pool).capacity else AWAITED
+    leaving = call(run.admit_entry, run.eviction_state, key, pool, limit, run.now)
+    if leaving == REFUSED and expert_of(run, key).demand:
+        limit = HELD
+        leaving = call(run.admit_entry, run.eviction_state, key, pool, limit, run.now)
+        if leaving == REFUSED:
+            paused = run.oldest
+            while paused != NOTHING and not (expert_of(run, paused).started and expert_of(run, paused).pool == pool):
+                paused = expert_of(run, paused).newer
+            if paused == NOTHING:
+                run.broken = BY_HOLDING
+                return True
+            _unqueue(run, paused)
+            _give_up(run, paused)
+            limit = ROOM
+            leaving = call(run.admit_entry, run.eviction_state, key, pool, limit, run.now)
+    if leaving == REFUSED:
+        return False
+    if leaving == FAILED:
+        run.broken = BY_EXCEPTION
+    elif limit != ROOM:
+        if leaving < 0 or leaving >= run.keys or not expert_of(run, leaving).resident or held(run, leaving) >= limit:
+            run.broken = BY_VICTIM
+            run.broken_by = leaving
+        else:
+            _forget(run, leaving, ns)
+    return True
+
+
+@njit  # type: ignore[untyped-decorator]
+def _evict(run: Any, key: Any, ns: Any) -> None:
+    """Take a slot away for another reason than to make room."""
+    if call(run.evicted_entry, run.eviction_state, key, expert_of(run, key).pool, run.now, 0) == FAILED:
+        run.broken = BY_EXCEPTION
+    _forget(run, key, ns)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _forget(run: Any, key: Any, ns: Any) -> None:
+    """Note a lost slot: a prefetch that was never used turns out wasted, a queued renewal is not needed."""
+    expert = expert_of(run, key)
+    expert.resident = False
+    pool_of(run, expert.pool).taken -= 1
+    run.taken -= 1
+    if expert.unused >= 0:
+        expert.unused = -1
+        run.wasted_bytes += run.expert_bytes
+    if expert.transfer:
+        expert.transfer = False
+        _unqueue(run, key)
+    _note(run, ns, EVICT, key)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _give_up(run: Any, key: Any) -> None:
+    """Drop a transfer that nobody waits for; a paused one gives its slot back and has moved bytes for nothing."""
+    expert = expert_of(run, key)
+    expert.transfer = False
+    run.cancelled += 1
+    _note(run, run.time, CANCEL, key)
+    if expert.started:
+        expert.unused = -1
+        moved = expert.chunks_moved * run.chunk_bytes
+        if expert.refresh:
+            run.refresh_bytes += moved
+        else:
+            run.wasted_bytes += moved
+        _evict(run, key, run.time)
+
+
+# ---- link --------------------------------------------------------------------------------------------------------
+
+
+@njit  # type: ignore[untyped-decorator]
+def _let_link_act(run: Any, until: Any) -> None:
+    """Serve what was put into the queues, and let time pass to `until`, or to when the awaited transfers have landed."""
+    if run.demands and run.moving != NOTHING and not expert_of(run, run.moving).demand:
+        _ask_to_give_way(run, expert_of(run, run.moving))
+    while not run.broken:
+        if run.moving == NOTHING:
+            _serve(run)
+        if run.moving == NOTHING or (run.alarm_ns > max(until, run.time) and run.outstanding == 0):
+            break
+        run.time = run.alarm_ns
+        moving = expert_of(run, run.moving)
+        if run.alarm == END_TRAIN:
+            _end_train(run)
+        elif run.alarm == END:
+            run.busy_ns += run.time - run.moving_since
+            moving.chunks_moved += moving.chunks_left
+            moving.chunks_left = 0
+            key = run.moving
+            run.moving = NOTHING
+            _land(run, key, run.time)
+        else:
+            _give_way(run, moving)
+    run.time = max(run.time, until)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _serve(run: Any) -> None:
+    """Start what comes next: all demands in a row, or the first prefetch that gets a slot."""
+    if run.demands:
+        _serve_demands(run)
+        return
+    while run.oldest != NOTHING and not run.broken:
+        key = run.oldest
+        expert = expert_of(run, key)
+        _unqueue(run, key)
+        if expert.started or _start_transfer(run, key, run.time):
+            expert.started = True
+            run.moving = key
+            run.moving_since = run.time
+            run.alarm = END
+            run.alarm_ns = run.time + (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+            return
+
+
+@njit  # type: ignore[untyped-decorator]
+def _serve_demands(run: Any) -> None:
+    """Serve the waiting demands as one train."""
+    ns = run.time
+    for index in range(run.demands):
+        key = place(run, index).demand
+        expert = expert_of(run, key)
+        if not expert.started:
+            _start_transfer(run, key, ns)
+            expert.started = True
+        ns += (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+        place(run, index).train = key
+        place(run, index).train_ns = ns
+        run.moving = key
+    run.train = run.demands
+    run.demands = 0
+    run.moving_since = run.time
+    run.alarm = END_TRAIN
+    run.alarm_ns = ns
+
+
+@njit  # type: ignore[untyped-decorator]
+def _end_train(run: Any) -> None:
+    """Hand over the demands of a train."""
+    run.busy_ns += run.time - run.moving_since
+    run.moving = NOTHING
+    for index in range(run.train):
+        _land(run, place(run, index).train, place(run, index).train_ns)
+    run.train = 0
+
+
+@njit  # type: ignore[untyped-decorator]
+def _ask_to_give_way(run: Any, moving: Any) -> None:
+    """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
+    if run.chunk_ns == 0:
+        return
+    elapsed = run.time - run.moving_since
+    chunks = max(1, -(-elapsed // run.chunk_ns))
+    if chunks < moving.chunks_left:
+        run.alarm = GIVE_WAY
+        run.alarm_ns = run.moving_since + chunks * run.chunk_ns
+
+
+@njit  # type: ignore[untyped-decorator]
+def _give_way(run: Any, moving: Any) -> None:
+    """Pause the prefetch on the link at a chunk's end, if a demand is still waiting; keep it if its event is to come."""
+    elapsed = run.time - run.moving_since
+    chunks = elapsed // run.chunk_ns
+    if moving.demand or run.demands == 0:  # promoted meanwhile: go on to the end
+        run.alarm = END
+        run.alarm_ns = run.time + (moving.chunks_left - 1 - chunks) * run.chunk_ns + run.last_chunk_ns
+        return
+    run.busy_ns += elapsed
+    moving.chunks_left -= chunks
+    moving.chunks_moved += chunks
+    key = run.moving
+    run.moving = NOTHING
+    if moving.refresh or moving.target > run.now:
+        moving.older = NOTHING
+        moving.newer = run.oldest
+        if run.oldest == NOTHING:
+            run.newest = key
+        else:
+            expert_of(run, run.oldest).older = key
+        run.oldest = key
+    else:
+        _give_up(run, key)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _land(run: Any, key: Any, ns: Any) -> None:
+    """Make an expert usable, and note it where the event waits for it."""
+    expert = expert_of(run, key)
+    expert.transfer = False
+    _note(run, ns, LANDED, key)
+    if expert.refresh:
+        run.refresh_bytes += run.expert_bytes
+    if expert.demand:
+        _note_arrival(run, ns, key)
+        run.outstanding -= 1
+    elif expert.refresh or expert.target <= run.now:
+        hold(run, key, FREE)
+        if run.drop_unused_prefetches and not expert.refresh:
+            _evict(run, key, ns)
+    else:
+        hold(run, key, AWAITED)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _promote(run: Any, key: Any) -> None:
+    """Turn a prefetch, queued or on the link, into a demand; what has moved is kept."""
+    expert_of(run, key).demand = True
+    if key != run.moving:
+        _unqueue(run, key)
+        place(run, run.demands).demand = key
+        run.demands += 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _prepare(run: Any, expert: Any, target: Any, refresh: Any) -> None:
+    """Make a transfer of an expert that has none."""
+    expert.transfer = True
+    expert.target = target
+    expert.refresh = refresh
+    expert.demand = False
+    expert.started = False
+    expert.chunks_left = run.chunks
+    expert.chunks_moved = 0
+
+
+@njit  # type: ignore[untyped-decorator]
+def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
+    """Put a new transfer at the end of the queue of prefetches."""
+    _prepare(run, expert_of(run, key), target, refresh)
+    expert_of(run, key).older = run.newest
+    expert_of(run, key).newer = NOTHING
+    if run.newest == NOTHING:
+        run.oldest = key
+    else:
+        expert_of(run, run.newest).newer = key
+    run.newest = key
+
+
+@njit  # type: ignore[untyped-decorator]
+def _unqueue(run: Any, key: Any) -> None:
+    """Take a transfer out of the queue of prefetches."""
+    older, newer = expert_of(run, key).older, expert_of(run, key).newer
+    if older == NOTHING:
+        run.oldest = newer
+    else:
+        expert_of(run, older).newer = newer
+    if newer == NOTHING:
+        run.newest = older
+    else:
+        expert_of(run, newer).older = older
+
+
+# ---- counters ----------------------------------------------------------------------------------------------------
+
+
+@njit  # type: ignore[untyped-decorator]
+def _close_step(run: Any, step: Any) -> None:
+    step.computed, step.waited, step.host_idle = run.computed, run.waited, run.host_idle
+    step.hits, step.late_hits, step.misses = run.hits, run.late_hits, run.misses
+    run.computed, run.waited, run.host_idle = 0, 0, 0
+    run.hits, run.late_hits, run.misses = 0, 0, 0
+
+
+@njit  # type: ignore[untyped-decorator]
+def _note(run: Any, ns: Any, what: Any, key: Any) -> None:
+    if run.logging:
+        entry = record(run.log_at, run.logged, LOG)
+        entry.ns, entry.what, entry.key, entry.event = ns, what, key, run.now
+        run.logged += 1

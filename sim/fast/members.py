@@ -1,0 +1,136 @@
+"""Who is resident, for policies that score: the lowest score leaves, of equals the one that took its slot first.
+
+Residents stand in blocks. Of each block the lowest is remembered until the policy is told of one of its members, so that a
+victim costs a look at every block and not at every resident. A policy that is not `steady` is looked at anew each time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from policies.contract import Setting
+
+BLOCK = 16
+"""Residents of a block."""
+NO_LIMIT = 127
+"""Above every hold."""
+
+
+class Members(NamedTuple):
+    """The residents of all pools; every pool begins with a block of its own."""
+
+    keys: Any
+    """[places] int32: who stands where."""
+    place: Any
+    """[keys] int32: where a key stands, -1 for nowhere."""
+    came: Any
+    """[keys]: running number of the insertion, for ties."""
+    first: Any
+    """[pools] place at which each pool begins."""
+    count: Any
+    """[pools] residents of each pool."""
+    best: Any
+    """[blocks] int32: the remembered key, -1 for a block without members."""
+    stale: Any
+    """[blocks] bool: whether `best` must be found anew."""
+    inserted: Any
+    """[1] insertions so far."""
+    steady: bool
+    """Whether scores keep their order until the policy is told of an expert."""
+    changed: Any
+    """[1] the policy's own count of exceptions to that."""
+    known: Any
+    """[1] that count as of the last look."""
+
+
+def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members:
+    """Return empty pools for a policy that scores; `extra` residents may overflow each pool."""
+    places = -(-(setting.capacity + extra) // BLOCK) * BLOCK
+    first = np.concatenate([[0], np.cumsum(places)])
+    return Members(
+        keys=np.zeros(first[-1], np.int32),
+        place=np.full(setting.keys, -1, np.int32),
+        came=np.zeros(setting.keys, np.int64),
+        first=first[:-1],
+        count=np.zeros(setting.pools, np.int64),
+        best=np.full(first[-1] // BLOCK, -1, np.int32),
+        stale=np.zeros(first[-1] // BLOCK, np.bool_),
+        inserted=np.zeros(1, np.int64),
+        steady=hasattr(policy, "STEADY"),
+        changed=getattr(policy, getattr(policy, "STEADY", ""), np.zeros(1, np.int64)),
+        known=np.zeros(1, np.int64),
+    )
+
+
+@njit  # type: ignore[untyped-decorator]
+def insert(members: Any, key: Any, pool: Any) -> None:
+    """Add `key` to the residents of `pool`."""
+    place = members.first[pool] + members.count[pool]
+    members.keys[place] = key
+    members.place[key] = place
+    members.count[pool] += 1
+    members.inserted[0] += 1
+    members.came[key] = members.inserted[0]
+    members.stale[place // BLOCK] = True
+
+
+@njit  # type: ignore[untyped-decorator]
+def remove(members: Any, key: Any, pool: Any) -> None:
+    """Take `key` out; the last of the pool moves to its place."""
+    members.count[pool] -= 1
+    last = members.first[pool] + members.count[pool]
+    place = members.place[key]
+    moved = members.keys[last]
+    members.keys[place] = moved
+    members.place[moved] = place
+    members.place[key] = -1
+    members.stale[place // BLOCK] = True
+    members.stale[last // BLOCK] = True
+
+
+@njit  # type: ignore[untyped-decorator]
+def touch(members: Any, key: Any) -> None:
+    """Note that the policy was told of a resident."""
+    members.stale[members.place[key] // BLOCK] = True
+
+
+@njit  # type: ignore[untyped-decorator]
+def lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: Any) -> Any:
+    """Return the resident of `pool` with the lowest score among those held below `limit`, or -1."""
+    start = members.first[pool]
+    stop = start + members.count[pool]
+    anew = not members.steady
+    if members.known[0] != members.changed[0]:
+        members.known[0] = members.changed[0]
+        members.stale[:] = True
+    found = -1
+    found_score = policy.score(0, now)
+    for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
+        if anew or members.stale[block]:
+            members.best[block] = _lowest_of_block(policy, members, holds, block, stop, NO_LIMIT, now)
+            members.stale[block] = False
+        key = members.best[block]
+        if holds[key] >= limit:
+            key = _lowest_of_block(policy, members, holds, block, stop, limit, now)
+            if key < 0:
+                continue
+        score = policy.score(key, now)
+        if found < 0 or score < found_score or (score == found_score and members.came[key] < members.came[found]):
+            found, found_score = key, score
+    return found
+
+
+@njit  # type: ignore[untyped-decorator]
+def _lowest_of_block(policy: Any, members: Any, holds: Any, block: Any, stop: Any, limit: Any, now: Any) -> Any:
+    found = -1
+    found_score = policy.score(0, now)
+    for place in range(block * BLOCK, min((block + 1) * BLOCK, stop)):
+        key = members.keys[place]
+        if holds[key] < limit:
+            score = policy.score(key, now)
+            if found < 0 or score < found_score or (score == found_score and members.came[key] < members.came[found]):
+                found, found_score = key, score
+    return found

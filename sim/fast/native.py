@@ -1,0 +1,240 @@
+"""Policies as native code: what numba needs to compile a policy once, keep it on disk, and be called by address.
+
+A policy is a `NamedTuple` of arrays with ordinary methods. Its methods, and the functions of modules that they call, are
+made known to numba as they stand, without a word in the policy about it. The engine's loop is compiled once for all
+policies: it calls them by the addresses of small functions ("entries"), as it would call a Python function by the address
+that ctypes gives it, so a new policy costs the compilation of a few lines and not of the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload, overload_method
+from platformdirs import user_cache_dir
+
+FAILED = -(1 << 62)
+"""What an entry returns when the policy raised an exception."""
+
+PARAMETERS = 4
+"""Whole numbers that every entry takes after the address of its state."""
+
+_INT64 = ir.IntType(64)
+
+
+# ---- policies made known to numba --------------------------------------------------------------------------------
+
+_known: set[Any] = set()
+"""Functions and method names that numba was told about."""
+
+
+def make_known(cls: type) -> frozenset[Path]:
+    """Tell numba about the methods of `cls` and every function they call; return the source files that took part."""
+    reached: set[FunctionType] = set()
+    for name, method in inspect.getmembers(cls, inspect.isfunction):
+        if name.startswith("__") or hasattr(tuple, name) or "<" in method.__code__.co_filename:
+            continue  # what every named tuple has
+        _reach(method, reached)
+        if name not in _known:
+            _known.add(name)
+            _know_method(name, method)
+        reached.add(method)
+    methods = {method for _, method in inspect.getmembers(cls, inspect.isfunction)}
+    for function in reached - methods - _known:
+        _known.add(function)
+        overload(function, strict=False, jit_options=_checks(function))(_always(_bare(function)))
+    return frozenset(Path(function.__code__.co_filename) for function in reached)
+
+
+class _Optional:
+    """Methods that a policy may lack; in compiled code they then do nothing."""
+
+    def on_miss(self, key: int, pool: int, now: int) -> None: ...
+
+    def observe(self, seen: Any) -> None: ...
+
+    def take(self, scores: Any, count: int) -> int:
+        return count
+
+
+def _reach(function: FunctionType, reached: set[FunctionType]) -> None:
+    """Collect the plain functions that `function` calls, and those that they call."""
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        if isinstance(called, FunctionType) and called not in reached:
+            reached.add(called)
+            _reach(called, reached)
+
+
+def _know_method(name: str, example: FunctionType) -> None:
+    """Let compiled code call ``policy.name(...)`` on any named tuple; a class that lacks the method has `example`."""
+
+    def find(self: Any, *arguments: Any) -> Any:
+        return _bare(getattr(self.instance_class, name, example))
+
+    find.__signature__ = inspect.signature(example)  # type: ignore[attr-defined]
+    overload_method(types.BaseNamedTuple, name, strict=False, jit_options=_checks(example))(find)
+
+
+def _always(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, **named: function
+
+
+def _bare(function: Any) -> FunctionType:
+    """Return `function` without its annotations, which numba would compare."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__qualname__ = function.__qualname__
+    return copy
+
+
+def _checks(function: FunctionType) -> dict[str, bool]:
+    """Check array bounds in policies that are not of this project: a wrong index is an exception there, as in Python."""
+    return {"boundscheck": not function.__module__.startswith(("policies.", "sim."))}
+
+
+# ---- the disk cache ----------------------------------------------------------------------------------------------
+
+
+def compiled(function: Callable[..., Any], *sources: Path) -> Any:
+    """Return `function` as a compiled function that is kept on disk until one of the `sources` changes.
+
+    numba's own cache looks at the file of `function` only; here the folder is named by the contents of all sources.
+    """
+    return _compiled(function, _digest(frozenset({*sources, *_engine_sources()})))
+
+
+@lru_cache(maxsize=None)
+def _compiled(function: Callable[..., Any], digest: str) -> Any:
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(cache_folder() / digest)  # read when the decorator runs, and put back after it
+    try:
+        return njit(cache=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@lru_cache(maxsize=1)
+def cache_folder() -> Path:
+    """Return the folder of compiled code: the user's cache folder, or a temporary one where that cannot be written."""
+    wanted = Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir()) / "foregate"
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=wanted).close()
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"foregate-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    return wanted
+
+
+@lru_cache(maxsize=None)
+def _digest(sources: frozenset[Path]) -> str:
+    """Return the name of what compiling `sources` gives: their paths (numba looks at their times) and contents."""
+    digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {sys.version}".encode())
+    for source in sorted(sources):
+        digest.update(f"{source}\n".encode() + source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+@lru_cache(maxsize=1)
+def _engine_sources() -> frozenset[Path]:
+    here = Path(__file__).parent
+    contract = here.parent.parent / "policies"
+    return frozenset({*here.glob("*.py"), *(contract / name for name in ("contract.py", "order.py", "ranking.py"))})
+
+
+# ---- entries: functions of a policy that anybody can call by address ----------------------------------------------
+
+
+def entry(implementation: Callable[..., Any]) -> Any:
+    """Return a function for compiled code that gives the address of `implementation`, compiled for one type of state.
+
+    `implementation` takes a state and four whole numbers and returns one; at the address stands a C function that takes the
+    address at which `store` put the state. It returns `FAILED` where `implementation` raises an exception.
+    """
+
+    @intrinsic
+    def address(typing_context: Any, state: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            state_type = signature.args[0]
+            callee = ir.FunctionType(_INT64, [_INT64] * (1 + PARAMETERS))
+            function = ir.Function(builder.module, callee, name=f"foregate.{implementation.__name__}")
+            function.linkage = "internal"
+            inside = ir.IRBuilder(function.append_basic_block())
+            pointer = inside.inttoptr(function.args[0], context.get_value_type(state_type).as_pointer())
+            inner = types.int64(state_type, *[types.int64] * PARAMETERS)
+            subroutine = context.compile_subroutine(inside, implementation, inner)
+            status, result = context.call_internal_no_propagate(
+                inside, subroutine.fndesc, inner, [inside.load(pointer), *function.args[1:]]
+            )
+            inside.ret(inside.select(status.is_error, ir.Constant(_INT64, FAILED), result))
+            return builder.ptrtoint(function, _INT64)
+
+        return types.int64(state), generate
+
+    return address
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store(typing_context: Any, address: Any, state: Any) -> Any:
+    """Put `state`, a tuple of arrays and numbers, at `address`; whoever calls an entry keeps the arrays alive."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = _without_owners(context, builder, signature.args[1], arguments[1])
+        builder.store(value, builder.inttoptr(arguments[0], value.type.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, state), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def size_of(typing_context: Any, state: Any) -> Any:
+    """Return the bytes that `store` writes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(_INT64, context.get_abi_sizeof(context.get_value_type(signature.args[0])))
+
+    return types.int64(state), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call(typing_context: Any, address: Any, state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Call the entry at `address` with the state at the address `state`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        callee = ir.FunctionType(_INT64, [_INT64] * (1 + PARAMETERS)).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], callee), arguments[1:])
+
+    return types.int64(*[types.int64] * (2 + PARAMETERS)), generate
+
+
+def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """Return `value` with arrays that do not count references: counting would cost more than most policies."""
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        array.parent = cgutils.get_null_value(array.parent.type)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        parts = zip(kind, cgutils.unpack_tuple(builder, value), strict=True)
+        return context.make_tuple(builder, kind, [_without_owners(context, builder, *part) for part in parts])
+    return value
+
+
+for _name, _method in inspect.getmembers(_Optional, inspect.isfunction):
+    _known.add(_name)
+    _know_method(_name, _method)

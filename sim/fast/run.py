@@ -1,0 +1,232 @@
+"""The fast engine: one compiled loop, fed with the trace part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+
+from policies.contract import NEVER
+from policies.residency import ContractError, no_prediction, no_victim
+from policies.system import System
+from sim.costs import Costs
+from sim.events import make_events
+from sim.fast import kernel
+from sim.fast.hooks import PLACES, Hooks, Observed, make_told
+from sim.fast.kernel import EVENTS, NOTHING, run_part
+from sim.fast.native import compiled
+from sim.fast.state import CELL, COMING, EXPERT, LOG, PLACE, POOL, RUN, STEP
+from sim.result import KINDS, Run, StepTimes
+from sim.workload import Workload
+
+PART = 1 << 17
+"""Routed tokens times layers of one part of a run: what is copied of a trace at a time."""
+
+LOG_ROOM = 1 << 16
+"""Log entries that are kept in the loop's own form."""
+
+
+def run_fast(
+    system: System,
+    workload: Workload,
+    costs: Costs,
+    log: list[tuple[Any, ...]] | None = None,
+    *,
+    interpret: bool = False,
+) -> Run:
+    """Run a freshly built `system` on `workload` and return what happened: the integers of `sim.reference.run_reference`.
+
+    Events are appended to `log`, if one is given, as tuples (ns, what, key, event). Policies that numba cannot compile run
+    in Python; with `interpret` all do. Raises what a policy raises, and ContractError for a decision that is none.
+    """
+    fresh = deepcopy(system) if not interpret else system
+    try:
+        return _FastRun(system, workload, costs, log, interpret).result()
+    except _Raised:  # again, in Python, whose exception says what and where
+        if log is not None:
+            log.clear()
+        return _FastRun(fresh, workload, costs, log, True).result()
+
+
+class _FastRun:
+    """One run: the arrays that the loop works on, and the parts of the trace that it is given."""
+
+    def __init__(
+        self, system: System, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None, interpret: bool
+    ) -> None:
+        self.system, self.workload, self.costs, self.log = system, workload, costs, log
+        self.steps = make_steps(workload, costs)
+        self.tables = make_tables(system, logging=log is not None)
+        self.told = make_told(system.setting)
+        self.hooks = Hooks(system, self.told, interpret=interpret)
+        self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers)
+        self.run["logging"], self.run["log_room"] = log is not None, len(self.tables["log_at"])
+        self._point_to(self.tables)
+        self._point_to({f"{name}_at": getattr(self.told, name) for name in ("holds", "hits", "misses", "seen", "ids")})
+        self._point_to({"expert_ns_at": costs.expert_ns})
+
+    def result(self) -> Run:
+        """Run all parts and gather the counters; prefetches that nothing used by the end were wasted."""
+        for first, last in self._parts():
+            self._run_part(first, last)
+        run = {name: int(self.run[name][0]) for name in RUN.names or ()}
+        run["wasted_bytes"] += int((self.tables["experts_at"]["unused"] >= 0).sum()) * self.costs.expert_bytes
+        times = ("computed", "waited", "host_idle", "hits", "late_hits", "misses")
+        return Run(
+            steps=StepTimes(*(self.steps[name] for name in times)),
+            end_ns=run["time"],
+            link_busy_ns=run["busy_ns"] + (run["time"] - run["moving_since"] if run["moving"] != NOTHING else 0),
+            bytes_by_kind={kind: run[f"{kind}_bytes"] for kind in KINDS},
+            prefetches=run["prefetches"],
+            cancelled=run["cancelled"],
+            predicted=run["predicted"],
+            predicted_and_needed=run["predicted_and_needed"],
+            needed_after_prediction=run["needed_after_prediction"],
+            peak_slots=run["peak_slots"],
+            log=self.log,
+        )
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Give first and last step of every part."""
+        offsets, steps = self.workload.offsets, len(self.steps)
+        rows = max(PART // self.system.setting.layers, 1)
+        first = 0
+        while first < steps:
+            last = int(np.searchsorted(offsets, offsets[first] + rows, side="right")) - 1
+            last = min(max(last, first + 1), steps)
+            yield first, last
+            first = last
+
+    def _run_part(self, first: int, last: int) -> None:
+        """Give the loop the steps `first` to `last`, as often as its log fills up."""
+        setting, offsets = self.system.setting, self.workload.offsets[first : last + 1]
+        rows = _as_slice(self.workload.rows[offsets[0] : offsets[-1]])
+        offsets = offsets - offsets[0]
+        events = make_events(self.workload.trace.experts[rows], offsets, setting.experts)
+        if self.system.prefetch.depth:
+            self.hooks.observe(self._observed(rows))
+        steps = self.steps[first:last]
+        steps["first_row"], steps["last_row"] = offsets[:-1], offsets[1:]
+        self._point_to({"steps_at": steps})
+        self._point_to({f"{name}_at": getattr(events, name) for name in ("offsets", "keys", "tokens")})
+        self.run["first_event"], self.run["first_step"] = first * setting.layers, first
+        for name, address in zip(PLACES, self.hooks.table, strict=True):
+            self.run[name] = address
+        loop = compiled(run_part)
+        while loop(self.run, last * setting.layers) < last * setting.layers and not self.run["broken"][0]:
+            self._keep_log()
+        self._keep_log()
+        self._check()
+
+    def _point_to(self, arrays: dict[str, Any]) -> None:
+        """Write the addresses of `arrays`, by field, into the record of the run, and keep them alive."""
+        for name, array in arrays.items():
+            assert array.flags.c_contiguous, name
+            self.run[name] = array.ctypes.data
+        self._alive = {**getattr(self, "_alive", {}), **arrays}
+
+    def _observed(self, rows: Any) -> Observed:
+        """Return what predictors see of some rows of the trace."""
+        trace, needs = self.workload.trace, self.system.composition.needs
+        layers = self.system.setting.layers
+        nothing = np.zeros((0, layers, 0, 0), np.float32)
+        lookahead_experts, lookahead_scores = nothing.astype(np.int8), nothing
+        if "lookahead" in needs:
+            assert trace.lookahead_experts is not None
+            assert trace.lookahead_scores is not None
+            lookahead_experts = trace.lookahead_experts[rows]
+            lookahead_scores = trace.lookahead_scores[rows].astype(np.float32)
+        router_logits = np.zeros((0, layers, 0), np.float32)
+        if "logits" in needs:
+            assert trace.router_logits is not None
+            router_logits = trace.router_logits[rows].astype(np.float32)
+        weights = trace.weights[rows].astype(np.float32)
+        request = trace.request[rows].astype(np.int64)
+        return Observed(trace.experts[rows], weights, request, lookahead_experts, lookahead_scores, router_logits)
+
+    def _keep_log(self) -> None:
+        """Move what the loop logged to the caller's list."""
+        if self.log is not None:
+            logged = self.tables["log_at"][: int(self.run["logged"][0])]
+            self.log += [(ns, EVENTS[what], key, event) for ns, what, key, event in logged.tolist()]
+            self.run["logged"] = 0
+
+    def _check(self) -> None:
+        """Raise what stopped the loop, if anything did."""
+        broken, key = int(self.run["broken"][0]), int(self.run["broken_by"][0])
+        if not broken:
+            return
+        if self.hooks.faults:
+            raise self.hooks.faults[0]
+        if broken == kernel.BY_EXCEPTION:
+            raise _Raised
+        system = self.system
+        if broken == kernel.BY_VICTIM:
+            raise ContractError(no_victim(type(system.eviction).__name__, key))
+        if broken == kernel.BY_PREDICTION:
+            raise ContractError(no_prediction(type(system.predictor).__name__, key, system.setting.experts))
+        raise ContractError(no_victim(type(system.eviction).__name__, -1))
+
+
+class _Raised(Exception):  # noqa: N818
+    """A compiled policy raised an exception; what and where only Python can tell."""
+
+
+# ---- what a run begins with --------------------------------------------------------------------------------------
+
+
+def make_run(system: System, costs: Costs, events: int) -> Any:
+    """Return the record of a run of `events` events that has not begun."""
+    run = np.zeros(1, RUN)
+    setting, composition = system.setting, system.composition
+    values = {
+        **{name: getattr(costs, name) for name in RUN.names or () if hasattr(costs, name)},
+        "layers": setting.layers,
+        "experts": setting.experts,
+        "keys": setting.keys,
+        "events": events,
+        "depth": system.prefetch.depth,
+        "drop_unused_prefetches": composition.drop_unused_prefetches,
+        "reupload_after_use": composition.reupload_after_use,
+        "release_ns": NEVER,
+        **dict.fromkeys(("now", "row", "moving", "oldest", "newest"), NOTHING),
+    }
+    for name, value in values.items():
+        run[name] = value
+    return run
+
+
+def make_tables(system: System, logging: bool) -> dict[str, Any]:
+    """Return the tables of a run, by the field of `RUN` that points to each."""
+    setting, rows = system.setting, system.prefetch.depth + 1
+    experts = np.zeros(setting.keys, EXPERT)
+    experts["unused"] = experts["needed"] = NOTHING
+    experts["pool"] = np.repeat(setting.pool_of, setting.experts)
+    experts["number"] = np.tile(np.arange(setting.experts), setting.layers)
+    pools = np.zeros(setting.pools, POOL)
+    pools["capacity"] = setting.capacity
+    coming = np.zeros(rows, COMING)
+    coming["predicted"] = NOTHING
+    return {
+        "experts_at": experts,
+        "pools_at": pools,
+        "places_at": np.zeros(setting.experts, PLACE),
+        "coming_at": coming,
+        "cells_at": np.zeros(rows * setting.experts, CELL),
+        "log_at": np.zeros(max(LOG_ROOM, 8 * setting.keys + 4 * setting.experts) if logging else 0, LOG),
+    }
+
+
+def make_steps(workload: Workload, costs: Costs) -> Any:
+    """Return what every step costs, and room for what it counts."""
+    steps = np.zeros(len(workload.decode), STEP)
+    steps["attention_ns"], steps["step_ns"] = costs.attention_ns, costs.step_ns
+    return steps
+
+
+def _as_slice(rows: Any) -> Any:
+    """Return consecutive rows as a slice, which copies nothing."""
+    first = int(rows[0])
+    return slice(first, first + len(rows)) if (np.diff(rows) == 1).all() else rows

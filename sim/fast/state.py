@@ -1,0 +1,213 @@
+"""The state of a run: tables of records that the loop finds by their addresses, so that a call passes one pointer.
+
+`RUN` is one record; everything else hangs on it. Passing arrays to compiled functions instead costs more time than the
+whole memory model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
+
+RUN = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            # costs, as in sim.costs.Costs
+            *("host_gate_ns", "host_experts_ns", "host_step_ns", "readout_ns"),
+            *("chunks", "chunk_ns", "last_chunk_ns", "expert_bytes", "chunk_bytes"),
+            # shape and system
+            *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
+            # clocks; `row` is the running event's in COMING
+            *("time", "host", "compute", "now", "layer", "step", "row"),
+            # the running event: when it ends (NEVER before that is known and after it has), and lengths of its lists
+            *("release_ns", "held", "arrivals", "outstanding"),
+            # link: the expert on it, the alarm that ends its turn, lengths of its lists, ends of the queue of prefetches
+            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "train", "oldest", "newest", "busy_ns"),
+            # counters of the run, and of the running step
+            *("prefetches", "cancelled", "predicted", "predicted_and_needed", "needed_after_prediction"),
+            *("taken", "peak_slots", "demand_bytes", "useful_bytes", "late_bytes", "wasted_bytes", "refresh_bytes"),
+            *("hits", "late_hits", "misses", "host_idle", "waited", "computed"),
+            # log: whether there is one, entries, and room for them; why the run stopped, and over which number
+            *("logging", "logged", "log_room", "broken", "broken_by"),
+            # addresses: tables of records
+            *("experts_at", "pools_at", "places_at", "coming_at", "cells_at", "steps_at", "log_at"),
+            # arrays that policies see (sim.fast.hooks.Told)
+            *("holds_at", "hits_at", "misses_at", "seen_at", "ids_at"),
+            # events of the present part of the trace
+            *("first_event", "first_step", "offsets_at", "keys_at", "tokens_at", "expert_ns_at"),
+            # entries of the policies and their states (sim.fast.hooks)
+            *("event_entry", "admit_entry", "evicted_entry", "observe_entry", "predict_entry", "most_entry", "take_entry"),
+            *("eviction_state", "predictor_state", "prefetch_state"),
+        )
+    ],
+    align=True,
+)
+"""One run: every single number of it."""
+
+EXPERT = np.dtype(
+    [
+        ("target", np.int64),  # event that the transfer is for
+        ("unused", np.int64),  # event that a prefetched expert, not used yet, was fetched for; -1 for others
+        ("needed", np.int64),  # last event that needed the expert
+        ("takes", np.int64),  # its compute time in that event, ns
+        ("pool", np.int32),
+        ("number", np.int32),  # among the experts of its layer
+        ("older", np.int32),  # neighbours in the queue of prefetches
+        ("newer", np.int32),
+        ("chunks_left", np.int32),
+        ("chunks_moved", np.int32),
+        ("resident", np.bool_),  # holds a slot
+        ("transfer", np.bool_),  # queued, moving or paused
+        ("demand", np.bool_),  # an event waits for the transfer
+        ("refresh", np.bool_),  # the transfer renews a resident
+        ("started", np.bool_),  # the transfer has its slot
+    ],
+    align=True,
+)
+"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. One cache line."""
+
+POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
+"""[pools]"""
+
+PLACE = np.dtype(
+    [
+        ("train_ns", np.int64),
+        ("arrival_ns", np.int64),
+        ("present", np.int32),
+        ("awaited", np.int32),
+        ("held", np.int32),
+        ("demand", np.int32),
+        ("train", np.int32),
+        ("arrival", np.int32),
+    ],
+    align=True,
+)
+"""[experts] entry i of each list of keys: those that an event has, waits for and holds, demands, train and arrivals."""
+
+COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64)])
+"""[depth + 1] of a coming event: how many experts were predicted (-1: no prediction), and how many took a slot for it."""
+
+CELL = np.dtype(
+    [
+        ("choice", np.int32),  # list of the experts predicted for the event
+        ("prefetched", np.int32),  # list of the keys that took a slot for it
+        ("predicted", np.bool_),  # whether the expert of this number is predicted
+        ("listed", np.bool_),  # whether it stands in the list `prefetched`
+    ],
+    align=True,
+)
+"""[depth + 1, experts] of a coming event."""
+
+STEP = np.dtype(
+    [
+        ("attention_ns", np.int64),
+        ("step_ns", np.int64),
+        ("first_row", np.int64),  # of its tokens, among the rows of the part
+        ("last_row", np.int64),  # one after them
+        *((name, np.int64) for name in ("computed", "waited", "host_idle", "hits", "late_hits", "misses")),
+    ]
+)
+"""[steps] of the present part: what a step costs, and what it counted."""
+
+LOG = np.dtype([("ns", np.int64), ("what", np.int64), ("key", np.int64), ("event", np.int64)])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def record(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
+    """Return record `index` of the table of `kind` (a dtype) at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        offset = builder.mul(arguments[1], ir.Constant(arguments[1].type, signature.return_type.size))
+        return builder.inttoptr(builder.add(arguments[0], offset), context.get_value_type(signature.return_type))
+
+    return kind.dtype(types.int64, types.int64, kind), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def number(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
+    """Return number `index` of the array of `kind` (a dtype) at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value_type = context.get_value_type(kind.dtype)
+        pointer = builder.gep(builder.inttoptr(arguments[0], value_type.as_pointer()), [arguments[1]])
+        return builder.sext(builder.load(pointer), ir.IntType(64)) if value_type.width < 64 else builder.load(pointer)
+
+    return types.int64(types.int64, types.int64, kind), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
+    """Write number `index` of the array of `kind` (a dtype) at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value_type = context.get_value_type(kind.dtype)
+        pointer = builder.gep(builder.inttoptr(arguments[0], value_type.as_pointer()), [arguments[1]])
+        written = builder.trunc(arguments[2], value_type) if value_type.width < 64 else arguments[2]
+        builder.store(written, pointer)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, kind), generate
+
+
+# ---- what the loop calls them -------------------------------------------------------------------------------------
+
+
+@njit  # type: ignore[untyped-decorator]
+def expert_of(run: Any, key: Any) -> Any:
+    """Return the record of an expert key."""
+    return record(run.experts_at, key, EXPERT)
+
+
+@njit  # type: ignore[untyped-decorator]
+def pool_of(run: Any, pool: Any) -> Any:
+    """Return the record of a pool."""
+    return record(run.pools_at, pool, POOL)
+
+
+@njit  # type: ignore[untyped-decorator]
+def place(run: Any, index: Any) -> Any:
+    """Return entry `index` of all lists of keys."""
+    return record(run.places_at, index, PLACE)
+
+
+@njit  # type: ignore[untyped-decorator]
+def coming(run: Any, ahead: Any) -> Any:
+    """Return the record of the event `ahead` of the running one."""
+    return record(run.coming_at, _row(run, ahead), COMING)
+
+
+@njit  # type: ignore[untyped-decorator]
+def cell(run: Any, ahead: Any, index: Any) -> Any:
+    """Return entry `index` of the lists, and of the experts, of the event `ahead` of the running one."""
+    return record(run.cells_at, _row(run, ahead) * run.experts + index, CELL)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _row(run: Any, ahead: Any) -> Any:
+    row = run.row + ahead
+    return row - run.depth - 1 if row > run.depth else row
+
+
+@njit  # type: ignore[untyped-decorator]
+def step_of(run: Any) -> Any:
+    """Return the record of the running step."""
+    return record(run.steps_at, run.step - run.first_step, STEP)
+
+
+@njit  # type: ignore[untyped-decorator]
+def hold(run: Any, key: Any, how: Any) -> None:
+    """Hold an expert as firmly as `how` says."""
+    put(run.holds_at, key, how, INT8)
+
+
+@njit  # type: ignore[untyped-decorator]
+def held(run: Any, key: Any) -> Any:
+    """Return how firmly an expert is held."""
+    return number(run.holds_at, key, INT8)
