@@ -91,19 +91,17 @@ def _serve_event(run: Any, gate_end: Any) -> None:
     start = number(run.offsets_at, run.now - run.first_event, INT64)
     stop = number(run.offsets_at, run.now - run.first_event + 1, INT64)
     pool = expert_of(run, run.layer * run.experts).pool
-    present, awaited, absent = _judge(run, start, stop, pool)
+    present, awaited, absent, present_ns = _judge(run, start, stop, pool)
     _drop_stale_prefetches(run)
 
     # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
     slots = pool_of(run, pool).capacity
     wave, next_wave = 0, min(absent, slots - present - awaited)
-    compute = run.host
     run.host_idle += run.host - gate_end
     _begin_wave(run, present, awaited, wave, next_wave)
     if run.depth:
         _predict(run)
-    for index in range(present):
-        compute += expert_of(run, place(run, index).present).takes
+    compute = run.host + present_ns
     while True:
         _let_link_act(run, run.time)
         for index in range(run.arrivals):
@@ -131,21 +129,19 @@ def _serve_event(run: Any, gate_end: Any) -> None:
         _let_link_act(run, run.time)
 
 
-@njit  # type: ignore[untyped-decorator]
-def _judge(
-    run: Any,
-    start: Any,
-    stop: Any,
-    pool: Any,
-) -> Any:
-    """Split what the event needs into resident, in flight and absent (`told.misses`), and return how many of each."""
-    present = awaited = absent = hits = 0
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
+def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
+    """Split what the event needs into resident, in flight and absent; return how many of each, and the time of the residents.
+
+    Eviction policies find the first two together in `Told.hits` and the last in `Told.misses`.
+    """
+    present = awaited = absent = hits = present_ns = total_ns = 0
     for index in range(start, stop):
         key = number(run.keys_at, index, INT32)
-        expert = expert_of(run, key)
         takes = number(run.expert_ns_at, number(run.tokens_at, index, INT32), INT64)
+        total_ns += takes
+        expert = expert_of(run, key)
         expert.takes = takes
-        run.computed += takes
         expert.needed = run.now
         if not expert.resident:
             put(run.misses_at, absent, key, INT32)
@@ -159,8 +155,9 @@ def _judge(
         else:
             place(run, present).present = key
             present += 1
+            present_ns += takes
         if expert.unused >= 0:
-            expert.unused = -1
+            expert.unused = NOTHING
             if expert.transfer:
                 run.late_bytes += run.expert_bytes
             else:
@@ -172,8 +169,9 @@ def _judge(
             _note(run, run.time, LATE_HIT, place(run, index).awaited)
         for index in range(absent):
             _note(run, run.time, MISS, number(run.misses_at, index, INT32))
-    if hits + absent > 0 and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
+    if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
         run.broken = BY_EXCEPTION
+    run.computed += total_ns
     run.hits += present
     run.late_hits += awaited
     run.misses += absent
@@ -186,61 +184,58 @@ def _judge(
         for index in range(this.predicted):
             cell(run, 0, cell(run, 0, index).choice).predicted = False
         this.predicted = NOTHING
-    return present, awaited, absent
+    return present, awaited, absent, present_ns
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _begin_wave(run: Any, present: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
     """Hold what the wave needs and ask the link for what it lacks: what is partly here first, then in routed order."""
-    run.held = 0
     run.arrivals = 0
     for index in range(present):
-        _hold(run, place(run, index).present)
+        key = place(run, index).present
+        hold(run, key, HELD)
+        place(run, index).held = key
     for index in range(awaited):
         key = place(run, index).awaited
-        _hold(run, key)
-        run.outstanding += 1
+        hold(run, key, HELD)
+        place(run, present + index).held = key
         if not expert_of(run, key).demand:
             _promote(run, key)
+    run.outstanding += awaited
+    run.held = present + awaited + next_wave - wave
     for index in range(wave, next_wave):
         key = number(run.misses_at, index, INT32)
+        hold(run, key, HELD)
+        place(run, present + awaited + index - wave).held = key
         expert = expert_of(run, key)
-        _hold(run, key)
-        if expert.transfer:
-            run.outstanding += 1
-            _promote(run, key)
-        elif expert.resident:  # a prefetch for the next step brought it while earlier waves ran
+        if expert.resident and not expert.transfer:  # a prefetch for the next step brought it while earlier waves ran
             _note_arrival(run, run.time, key)
+            continue
+        run.outstanding += 1
+        if expert.transfer:
+            _promote(run, key)
         else:
-            run.outstanding += 1
             _prepare(run, expert, run.now, False)
             expert.demand = True
             place(run, run.demands).demand = key
             run.demands += 1
 
 
-@njit  # type: ignore[untyped-decorator]
-def _hold(run: Any, key: Any) -> None:
-    hold(run, key, HELD)
-    place(run, run.held).held = key
-    run.held += 1
-
-
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _release(run: Any) -> None:
     for index in range(run.held):
         hold(run, place(run, index).held, FREE)
     run.held = 0
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _note_arrival(run: Any, ns: Any, key: Any) -> None:
     place(run, run.arrivals).arrival = key
     place(run, run.arrivals).arrival_ns = ns
     run.arrivals += 1
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _drop_stale_prefetches(run: Any) -> None:
     """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
     key = run.oldest
@@ -410,7 +405,7 @@ def _evict(run: Any, key: Any, ns: Any) -> None:
     _forget(run, key, ns)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _forget(run: Any, key: Any, ns: Any) -> None:
     """Note a lost slot: a prefetch that was never used turns out wasted, a queued renewal is not needed."""
     expert = expert_of(run, key)
@@ -472,7 +467,7 @@ def _let_link_act(run: Any, until: Any) -> None:
     run.time = max(run.time, until)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _serve(run: Any) -> None:
     """Start what comes next: all demands in a row, or the first prefetch that gets a slot."""
     if run.demands:
@@ -491,7 +486,7 @@ def _serve(run: Any) -> None:
             return
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train."""
     ns = run.time
@@ -512,7 +507,7 @@ def _serve_demands(run: Any) -> None:
     run.alarm_ns = ns
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _end_train(run: Any) -> None:
     """Hand over the demands of a train."""
     run.busy_ns += run.time - run.moving_since
@@ -522,7 +517,7 @@ def _end_train(run: Any) -> None:
     run.train = 0
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _ask_to_give_way(run: Any, moving: Any) -> None:
     """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
     if run.chunk_ns == 0:
@@ -534,7 +529,7 @@ def _ask_to_give_way(run: Any, moving: Any) -> None:
         run.alarm_ns = run.moving_since + chunks * run.chunk_ns
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _give_way(run: Any, moving: Any) -> None:
     """Pause the prefetch on the link at a chunk's end, if a demand is still waiting; keep it if its event is to come."""
     elapsed = run.time - run.moving_since
@@ -560,7 +555,7 @@ def _give_way(run: Any, moving: Any) -> None:
         _give_up(run, key)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _land(run: Any, key: Any, ns: Any) -> None:
     """Make an expert usable, and note it where the event waits for it."""
     expert = expert_of(run, key)
@@ -579,7 +574,7 @@ def _land(run: Any, key: Any, ns: Any) -> None:
         hold(run, key, AWAITED)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _promote(run: Any, key: Any) -> None:
     """Turn a prefetch, queued or on the link, into a demand; what has moved is kept."""
     expert_of(run, key).demand = True
@@ -589,7 +584,7 @@ def _promote(run: Any, key: Any) -> None:
         run.demands += 1
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _prepare(run: Any, expert: Any, target: Any, refresh: Any) -> None:
     """Make a transfer of an expert that has none."""
     expert.transfer = True
@@ -601,7 +596,7 @@ def _prepare(run: Any, expert: Any, target: Any, refresh: Any) -> None:
     expert.chunks_moved = 0
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
     """Put a new transfer at the end of the queue of prefetches."""
     _prepare(run, expert_of(run, key), target, refresh)
@@ -614,7 +609,7 @@ def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
     run.newest = key
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _unqueue(run: Any, key: Any) -> None:
     """Take a transfer out of the queue of prefetches."""
     older, newer = expert_of(run, key).older, expert_of(run, key).newer
@@ -631,7 +626,7 @@ def _unqueue(run: Any, key: Any) -> None:
 # ---- counters ----------------------------------------------------------------------------------------------------
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _close_step(run: Any, step: Any) -> None:
     step.computed, step.waited, step.host_idle = run.computed, run.waited, run.host_idle
     step.hits, step.late_hits, step.misses = run.hits, run.late_hits, run.misses
@@ -639,7 +634,7 @@ def _close_step(run: Any, step: Any) -> None:
     run.hits, run.late_hits, run.misses = 0, 0, 0
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _note(run: Any, ns: Any, what: Any, key: Any) -> None:
     if run.logging:
         entry = record(run.log_at, run.logged, LOG)

@@ -65,7 +65,7 @@ def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members:
     )
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def insert(members: Any, key: Any, pool: Any) -> None:
     """Add `key` to the residents of `pool`."""
     place = members.first[pool] + members.count[pool]
@@ -77,7 +77,7 @@ def insert(members: Any, key: Any, pool: Any) -> None:
     members.stale[place // BLOCK] = True
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def remove(members: Any, key: Any, pool: Any) -> None:
     """Take `key` out; the last of the pool moves to its place."""
     members.count[pool] -= 1
@@ -91,13 +91,13 @@ def remove(members: Any, key: Any, pool: Any) -> None:
     members.stale[last // BLOCK] = True
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def touch(members: Any, key: Any) -> None:
     """Note that the policy was told of a resident."""
     members.stale[members.place[key] // BLOCK] = True
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: Any) -> Any:
     """Return the resident of `pool` with the lowest score among those held below `limit`, or -1."""
     start = members.first[pool]
@@ -123,7 +123,7 @@ def lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: An
     return found
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _lowest_of_block(policy: Any, members: Any, holds: Any, block: Any, stop: Any, limit: Any, now: Any) -> Any:
     found = -1
     found_score = policy.score(0, now)

@@ -56,7 +56,7 @@ def make_known(cls: type) -> frozenset[Path]:
     methods = {method for _, method in inspect.getmembers(cls, inspect.isfunction)}
     for function in reached - methods - _known:
         _known.add(function)
-        overload(function, strict=False, jit_options=_checks(function))(_always(_bare(function)))
+        overload(function, strict=False, jit_options=_options(function))(_always(_bare(function)))
     return frozenset(Path(function.__code__.co_filename) for function in reached)
 
 
@@ -87,7 +87,7 @@ def _know_method(name: str, example: FunctionType) -> None:
         return _bare(getattr(self.instance_class, name, example))
 
     find.__signature__ = inspect.signature(example)  # type: ignore[attr-defined]
-    overload_method(types.BaseNamedTuple, name, strict=False, jit_options=_checks(example))(find)
+    overload_method(types.BaseNamedTuple, name, strict=False, jit_options=_options(example))(find)
 
 
 def _always(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,9 +103,10 @@ def _bare(function: Any) -> FunctionType:
     return copy
 
 
-def _checks(function: FunctionType) -> dict[str, bool]:
+def _options(function: FunctionType) -> dict[str, bool]:
     """Check array bounds in policies that are not of this project: a wrong index is an exception there, as in Python."""
-    return {"boundscheck": not function.__module__.startswith(("policies.", "sim."))}
+    ours = function.__module__.startswith(("policies.", "sim."))
+    return {"boundscheck": True} if not ours else {"forceinline": True}
 
 
 # ---- the disk cache ----------------------------------------------------------------------------------------------
@@ -176,10 +177,17 @@ def entry(implementation: Callable[..., Any]) -> Any:
             function.linkage = "internal"
             inside = ir.IRBuilder(function.append_basic_block())
             pointer = inside.inttoptr(function.args[0], context.get_value_type(state_type).as_pointer())
+            value = _without_owners(context, inside, state_type, inside.load(pointer))
             inner = types.int64(state_type, *[types.int64] * PARAMETERS)
             subroutine = context.compile_subroutine(inside, implementation, inner)
-            status, result = context.call_internal_no_propagate(
-                inside, subroutine.fndesc, inner, [inside.load(pointer), *function.args[1:]]
+            # Inlined, so that all the array owners that are not there cost nothing.
+            status, result = context.call_conv.call_function(
+                inside,
+                context.declare_function(builder.module, subroutine.fndesc),
+                inner.return_type,
+                inner.args,
+                [value, *function.args[1:]],
+                attrs=("alwaysinline",),
             )
             inside.ret(inside.select(status.is_error, ir.Constant(_INT64, FAILED), result))
             return builder.ptrtoint(function, _INT64)
@@ -194,8 +202,7 @@ def store(typing_context: Any, address: Any, state: Any) -> Any:
     """Put `state`, a tuple of arrays and numbers, at `address`; whoever calls an entry keeps the arrays alive."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = _without_owners(context, builder, signature.args[1], arguments[1])
-        builder.store(value, builder.inttoptr(arguments[0], value.type.as_pointer()))
+        builder.store(arguments[1], builder.inttoptr(arguments[0], arguments[1].type.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(types.int64, state), generate
@@ -223,7 +230,7 @@ def call(typing_context: Any, address: Any, state: Any, a: Any, b: Any, c: Any, 
 
 
 def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    """Return `value` with arrays that do not count references: counting would cost more than most policies."""
+    """Return `value` with arrays that count no references: counting would cost more than most policies."""
     if isinstance(kind, types.Array):
         array = context.make_array(kind)(context, builder, value)
         array.meminfo = cgutils.get_null_value(array.meminfo.type)

@@ -159,55 +159,55 @@ def put(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) ->
 # ---- what the loop calls them -------------------------------------------------------------------------------------
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def expert_of(run: Any, key: Any) -> Any:
     """Return the record of an expert key."""
     return record(run.experts_at, key, EXPERT)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def pool_of(run: Any, pool: Any) -> Any:
     """Return the record of a pool."""
     return record(run.pools_at, pool, POOL)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def place(run: Any, index: Any) -> Any:
     """Return entry `index` of all lists of keys."""
     return record(run.places_at, index, PLACE)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def coming(run: Any, ahead: Any) -> Any:
     """Return the record of the event `ahead` of the running one."""
     return record(run.coming_at, _row(run, ahead), COMING)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def cell(run: Any, ahead: Any, index: Any) -> Any:
     """Return entry `index` of the lists, and of the experts, of the event `ahead` of the running one."""
     return record(run.cells_at, _row(run, ahead) * run.experts + index, CELL)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _row(run: Any, ahead: Any) -> Any:
     row = run.row + ahead
     return row - run.depth - 1 if row > run.depth else row
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def step_of(run: Any) -> Any:
     """Return the record of the running step."""
     return record(run.steps_at, run.step - run.first_step, STEP)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def hold(run: Any, key: Any, how: Any) -> None:
     """Hold an expert as firmly as `how` says."""
     put(run.holds_at, key, how, INT8)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def held(run: Any, key: Any) -> Any:
     """Return how firmly an expert is held."""
     return number(run.holds_at, key, INT8)

@@ -47,3 +47,15 @@ def next_uses(offsets: Any, keys: Any, key_count: int, never: int) -> Any:
         for access in range(offsets[event], offsets[event + 1]):
             coming[keys[access]] = event
     return following, coming
+
+
+def widen(halves: Any, bits: Any, floats: Any) -> None:
+    """Write half floats, given as their bits (uint16), to `floats` (float32), whose memory `bits` (uint32) shares."""
+    for index in range(len(halves)):
+        half = np.uint32(halves[index])
+        magnitude = (half & np.uint32(0x7FFF)) << np.uint32(13)
+        if magnitude >= np.uint32(0x0F800000):  # infinity and what is no number
+            magnitude |= np.uint32(0x7F800000)
+        bits[index] = magnitude | ((half & np.uint32(0x8000)) << np.uint32(16))
+    for index in range(len(floats)):
+        floats[index] *= np.float32(2.0**112)  # the difference of the two exponents' offsets; also mends small numbers
