@@ -19,6 +19,9 @@ from sim.fast.state import (
     INT32,
     INT64,
     LOG,
+    NONE,
+    QUEUED,
+    STARTED,
     cell,
     coming,
     expert_of,
@@ -91,14 +94,14 @@ def _serve_event(run: Any, gate_end: Any) -> None:
     start = number(run.offsets_at, run.now - run.first_event, INT64)
     stop = number(run.offsets_at, run.now - run.first_event + 1, INT64)
     pool = expert_of(run, run.layer * run.experts).pool
-    present, awaited, absent, present_ns = _judge(run, start, stop, pool)
+    hits, awaited, absent, present_ns = _judge(run, start, stop, pool)
     _drop_stale_prefetches(run)
 
     # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
     slots = pool_of(run, pool).capacity
-    wave, next_wave = 0, min(absent, slots - present - awaited)
+    wave, next_wave = 0, min(absent, slots - hits)
     run.host_idle += run.host - gate_end
-    _begin_wave(run, present, awaited, wave, next_wave)
+    _begin_wave(run, hits, awaited, wave, next_wave)
     if run.depth:
         _predict(run)
     compute = run.host + present_ns
@@ -109,7 +112,7 @@ def _serve_event(run: Any, gate_end: Any) -> None:
             if landed > compute:
                 run.waited += landed - compute
                 compute = landed
-            compute += expert_of(run, place(run, index).arrival).takes
+            compute += place(run, expert_of(run, place(run, index).arrival).number).takes
         if next_wave >= absent or run.broken:
             break
         _let_link_act(run, max(compute, run.time))
@@ -124,47 +127,47 @@ def _serve_event(run: Any, gate_end: Any) -> None:
             _end_event(run)
         for index in range(start, stop):
             key = number(run.keys_at, index, INT32)
-            if expert_of(run, key).resident and not expert_of(run, key).transfer:
+            if expert_of(run, key).resident and expert_of(run, key).transfer == NONE:
                 _queue(run, key, run.now, True)
         _let_link_act(run, run.time)
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
-    """Split what the event needs into resident, in flight and absent; return how many of each, and the time of the residents.
+    """Split what the event needs into `Told.hits`, of which some are still in flight, and `Told.misses`.
 
-    Eviction policies find the first two together in `Told.hits` and the last in `Told.misses`.
+    Return how many there are of each, and the compute time of those that need not be waited for.
     """
-    present = awaited = absent = hits = present_ns = total_ns = 0
+    hits = awaited = absent = hits_ns = awaited_ns = total_ns = 0
     for index in range(start, stop):
         key = number(run.keys_at, index, INT32)
         takes = number(run.expert_ns_at, number(run.tokens_at, index, INT32), INT64)
-        total_ns += takes
         expert = expert_of(run, key)
-        expert.takes = takes
         expert.needed = run.now
-        if not expert.resident:
-            put(run.misses_at, absent, key, INT32)
-            absent += 1
-            continue
+        place(run, expert.number).takes = takes
+        # Both lists are written and one of them grows: nobody, no processor either, foresees which.
         put(run.hits_at, hits, key, INT32)
-        hits += 1
-        if expert.transfer:
+        put(run.misses_at, absent, key, INT32)
+        resident = int(expert.resident)
+        hits += resident
+        absent += 1 - resident
+        hits_ns += resident * takes
+        total_ns += takes
+        if expert.resident and expert.transfer != NONE:
             place(run, awaited).awaited = key
             awaited += 1
-        else:
-            place(run, present).present = key
-            present += 1
-            present_ns += takes
+            awaited_ns += takes
         if expert.unused >= 0:
             expert.unused = NOTHING
-            if expert.transfer:
+            if expert.transfer != NONE:
                 run.late_bytes += run.expert_bytes
             else:
                 run.useful_bytes += run.expert_bytes
     if run.logging:
-        for index in range(present):
-            _note(run, run.time, HIT, place(run, index).present)
+        for index in range(hits):
+            key = number(run.hits_at, index, INT32)
+            if expert_of(run, key).transfer == NONE:
+                _note(run, run.time, HIT, key)
         for index in range(awaited):
             _note(run, run.time, LATE_HIT, place(run, index).awaited)
         for index in range(absent):
@@ -172,7 +175,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
         run.broken = BY_EXCEPTION
     run.computed += total_ns
-    run.hits += present
+    run.hits += hits - awaited
     run.late_hits += awaited
     run.misses += absent
     this = coming(run, 0)
@@ -184,35 +187,30 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
         for index in range(this.predicted):
             cell(run, 0, cell(run, 0, index).choice).predicted = False
         this.predicted = NOTHING
-    return present, awaited, absent, present_ns
+    return hits, awaited, absent, hits_ns - awaited_ns
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _begin_wave(run: Any, present: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
+def _begin_wave(run: Any, hits: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
     """Hold what the wave needs and ask the link for what it lacks: what is partly here first, then in routed order."""
     run.arrivals = 0
-    for index in range(present):
-        key = place(run, index).present
-        hold(run, key, HELD)
-        place(run, index).held = key
+    run.held_hits, run.held_from, run.held_to = hits, wave, next_wave
+    for index in range(hits):
+        hold(run, number(run.hits_at, index, INT32), HELD)
     for index in range(awaited):
         key = place(run, index).awaited
-        hold(run, key, HELD)
-        place(run, present + index).held = key
         if not expert_of(run, key).demand:
             _promote(run, key)
     run.outstanding += awaited
-    run.held = present + awaited + next_wave - wave
     for index in range(wave, next_wave):
         key = number(run.misses_at, index, INT32)
         hold(run, key, HELD)
-        place(run, present + awaited + index - wave).held = key
         expert = expert_of(run, key)
-        if expert.resident and not expert.transfer:  # a prefetch for the next step brought it while earlier waves ran
+        if expert.resident and expert.transfer == NONE:  # a prefetch for the next step brought it during earlier waves
             _note_arrival(run, run.time, key)
             continue
         run.outstanding += 1
-        if expert.transfer:
+        if expert.transfer != NONE:
             _promote(run, key)
         else:
             _prepare(run, expert, run.now, False)
@@ -223,9 +221,11 @@ def _begin_wave(run: Any, present: Any, awaited: Any, wave: Any, next_wave: Any)
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _release(run: Any) -> None:
-    for index in range(run.held):
-        hold(run, place(run, index).held, FREE)
-    run.held = 0
+    """Let go of what the event, or its last wave, holds."""
+    for index in range(run.held_hits):
+        hold(run, number(run.hits_at, index, INT32), FREE)
+    for index in range(run.held_from, run.held_to):
+        hold(run, number(run.misses_at, index, INT32), FREE)
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
@@ -258,7 +258,7 @@ def _end_event(run: Any) -> None:
         key = cell(run, 0, index).prefetched
         expert = expert_of(run, key)
         cell(run, 0, expert.number).listed = False
-        if expert.unused == run.now and not expert.transfer:
+        if expert.unused == run.now and expert.transfer == NONE:
             hold(run, key, FREE)
             if run.drop_unused_prefetches:
                 _evict(run, key, ns)
@@ -312,7 +312,7 @@ def _predict(run: Any) -> None:
                 cell(run, ahead, event.predicted).choice = chosen
                 event.predicted += 1
             expert = expert_of(run, first_key + chosen)
-            if not expert.resident and not expert.transfer:
+            if not expert.resident and expert.transfer == NONE:
                 _queue(run, first_key + chosen, run.now + ahead, False)
 
 
@@ -333,7 +333,7 @@ def _start_transfer(
         return True
     if not _take_slot(run, key, ns):
         run.cancelled += 1
-        expert.transfer = False
+        expert.transfer = NONE
         _note(run, ns, CANCEL, key)
         return False
     hold(run, key, HELD)
@@ -375,7 +375,9 @@ def _take_slot(
         leaving = call(run.admit_entry, run.eviction_state, key, pool, limit, run.now)
         if leaving == REFUSED:
             paused = run.oldest
-            while paused != NOTHING and not (expert_of(run, paused).started and expert_of(run, paused).pool == pool):
+            while paused != NOTHING and not (
+                expert_of(run, paused).transfer == STARTED and expert_of(run, paused).pool == pool
+            ):
                 paused = expert_of(run, paused).newer
             if paused == NOTHING:
                 run.broken = BY_HOLDING
@@ -415,8 +417,8 @@ def _forget(run: Any, key: Any, ns: Any) -> None:
     if expert.unused >= 0:
         expert.unused = -1
         run.wasted_bytes += run.expert_bytes
-    if expert.transfer:
-        expert.transfer = False
+    if expert.transfer != NONE:
+        expert.transfer = NONE
         _unqueue(run, key)
     _note(run, ns, EVICT, key)
 
@@ -425,12 +427,13 @@ def _forget(run: Any, key: Any, ns: Any) -> None:
 def _give_up(run: Any, key: Any) -> None:
     """Drop a transfer that nobody waits for; a paused one gives its slot back and has moved bytes for nothing."""
     expert = expert_of(run, key)
-    expert.transfer = False
+    started = expert.transfer == STARTED
+    expert.transfer = NONE
     run.cancelled += 1
     _note(run, run.time, CANCEL, key)
-    if expert.started:
+    if started:
         expert.unused = -1
-        moved = expert.chunks_moved * run.chunk_bytes
+        moved = (run.chunks - expert.chunks_left) * run.chunk_bytes
         if expert.refresh:
             run.refresh_bytes += moved
         else:
@@ -457,8 +460,6 @@ def _let_link_act(run: Any, until: Any) -> None:
             _end_train(run)
         elif run.alarm == END:
             run.busy_ns += run.time - run.moving_since
-            moving.chunks_moved += moving.chunks_left
-            moving.chunks_left = 0
             key = run.moving
             run.moving = NOTHING
             _land(run, key, run.time)
@@ -477,8 +478,8 @@ def _serve(run: Any) -> None:
         key = run.oldest
         expert = expert_of(run, key)
         _unqueue(run, key)
-        if expert.started or _start_transfer(run, key, run.time):
-            expert.started = True
+        if expert.transfer == STARTED or _start_transfer(run, key, run.time):
+            expert.transfer = STARTED
             run.moving = key
             run.moving_since = run.time
             run.alarm = END
@@ -493,9 +494,9 @@ def _serve_demands(run: Any) -> None:
     for index in range(run.demands):
         key = place(run, index).demand
         expert = expert_of(run, key)
-        if not expert.started:
+        if expert.transfer != STARTED:
             _start_transfer(run, key, ns)
-            expert.started = True
+            expert.transfer = STARTED
         ns += (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
         place(run, index).train = key
         place(run, index).train_ns = ns
@@ -540,7 +541,6 @@ def _give_way(run: Any, moving: Any) -> None:
         return
     run.busy_ns += elapsed
     moving.chunks_left -= chunks
-    moving.chunks_moved += chunks
     key = run.moving
     run.moving = NOTHING
     if moving.refresh or moving.target > run.now:
@@ -559,7 +559,7 @@ def _give_way(run: Any, moving: Any) -> None:
 def _land(run: Any, key: Any, ns: Any) -> None:
     """Make an expert usable, and note it where the event waits for it."""
     expert = expert_of(run, key)
-    expert.transfer = False
+    expert.transfer = NONE
     _note(run, ns, LANDED, key)
     if expert.refresh:
         run.refresh_bytes += run.expert_bytes
@@ -587,13 +587,11 @@ def _promote(run: Any, key: Any) -> None:
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _prepare(run: Any, expert: Any, target: Any, refresh: Any) -> None:
     """Make a transfer of an expert that has none."""
-    expert.transfer = True
+    expert.transfer = QUEUED
     expert.target = target
     expert.refresh = refresh
     expert.demand = False
-    expert.started = False
     expert.chunks_left = run.chunks
-    expert.chunks_moved = 0
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]

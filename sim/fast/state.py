@@ -26,8 +26,9 @@ RUN = np.dtype(
             *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
             # clocks; `row` is the running event's in COMING
             *("time", "host", "compute", "now", "layer", "step", "row"),
-            # the running event: when it ends (NEVER before that is known and after it has), and lengths of its lists
-            *("release_ns", "held", "arrivals", "outstanding"),
+            # the running event: when it ends (NEVER before that is known and after it has), what of its hits and misses is
+            # held, what it waits for
+            *("release_ns", "held_hits", "held_from", "held_to", "arrivals", "outstanding"),
             # link: the expert on it, the alarm that ends its turn, lengths of its lists, ends of the queue of prefetches
             *("moving", "moving_since", "alarm", "alarm_ns", "demands", "train", "oldest", "newest", "busy_ns"),
             # counters of the run, and of the running step
@@ -51,45 +52,44 @@ RUN = np.dtype(
 )
 """One run: every single number of it."""
 
+NONE, QUEUED, STARTED = 0, 1, 2
+"""What an expert's transfer is: there is none; it waits for the link; it has moved a chunk, or is about to."""
+
 EXPERT = np.dtype(
     [
-        ("target", np.int64),  # event that the transfer is for
-        ("unused", np.int64),  # event that a prefetched expert, not used yet, was fetched for; -1 for others
-        ("needed", np.int64),  # last event that needed the expert
-        ("takes", np.int64),  # its compute time in that event, ns
-        ("pool", np.int32),
-        ("number", np.int32),  # among the experts of its layer
+        ("target", np.int32),  # event that the transfer is for
+        ("unused", np.int32),  # event that a prefetched expert, not used yet, was fetched for; -1 for others
+        ("needed", np.int32),  # last event that needed the expert
         ("older", np.int32),  # neighbours in the queue of prefetches
         ("newer", np.int32),
         ("chunks_left", np.int32),
-        ("chunks_moved", np.int32),
+        ("pool", np.int16),
+        ("number", np.int16),  # among the experts of its layer
         ("resident", np.bool_),  # holds a slot
-        ("transfer", np.bool_),  # queued, moving or paused
+        ("transfer", np.int8),  # NONE, QUEUED or STARTED
         ("demand", np.bool_),  # an event waits for the transfer
         ("refresh", np.bool_),  # the transfer renews a resident
-        ("started", np.bool_),  # the transfer has its slot
     ],
     align=True,
 )
-"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. One cache line."""
+"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. Half a cache line."""
 
 POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
 """[pools]"""
 
 PLACE = np.dtype(
     [
+        ("takes", np.int64),  # compute time, in the running event, of the expert of this number, ns
         ("train_ns", np.int64),
         ("arrival_ns", np.int64),
-        ("present", np.int32),
         ("awaited", np.int32),
-        ("held", np.int32),
         ("demand", np.int32),
         ("train", np.int32),
         ("arrival", np.int32),
     ],
     align=True,
 )
-"""[experts] entry i of each list of keys: those that an event has, waits for and holds, demands, train and arrivals."""
+"""[experts] entry i of each list of keys: those in flight that an event needs, demands, train and arrivals."""
 
 COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64)])
 """[depth + 1] of a coming event: how many experts were predicted (-1: no prediction), and how many took a slot for it."""
