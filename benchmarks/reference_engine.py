@@ -57,7 +57,7 @@ def timer(config: Config) -> Callable[[], float]:
     total = workload.events.total  # builds the events before the clock starts
 
     def once() -> float:
-        system, _ = system_of(config, workload, costs)
+        system = system_of(config, workload, costs)
         start = time.process_time()
         run_reference(system, workload, costs)
         return total / (time.process_time() - start)

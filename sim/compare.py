@@ -11,7 +11,8 @@ from joblib import Parallel, delayed  # type: ignore[import-untyped]
 
 from sim import store
 from sim.config import Config, check_config, compose_config, one_of, options
-from sim.experiment import ENGINES, composition_of, costs_of, key_of, parse_budget, simulate, trace_name, workload_of
+from sim.engines import ENGINES
+from sim.experiment import composition_of, costs_of, key_of, parse_budget, simulate, trace_name, workload_of
 from traces.errors import InputError
 
 
@@ -29,7 +30,7 @@ def compare(
     """
     base = compose_config("compare", overrides, config_dir)
     check_config(base)
-    one_of("engine", base["engine"], list(ENGINES))
+    one_of("engine", base["engine"], ENGINES)
     _workers(base["jobs"], 1)  # refuses what is no number of processes before anything runs
     configs, left_out = _plan(base, overrides, config_dir)
     workload = workload_of(base)

@@ -6,7 +6,9 @@ rule of the contract. The test suite calls it for every policy and system that i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ from policies.contract import Ints
 from policies.system import Composition, System, build_system
 from sim.costs import Costs
 from sim.events import future_of
+from sim.fast import run_fast
 from sim.reference import run_reference
-from sim.result import Run
+from sim.result import Run, StepTimes
 from sim.workload import Workload, make_workload
 from traces import Trace, synthesize
 
@@ -25,7 +28,7 @@ Log = list[tuple[Any, ...]]
 
 
 def check(composition: Composition) -> None:
-    """Check determinism, capacity, holding, counting, foresight and numbering of `composition`."""
+    """Check determinism, equality of the engines, capacity, holding, counting, foresight and numbering of `composition`."""
     trace = small_trace()
     for order, batch, slots in (("one_request", 1, 16), ("one_request", 1, 30), ("continuous", 3, 24)):
         workload = make_workload(trace, order, batch)
@@ -36,14 +39,36 @@ def check(composition: Composition) -> None:
                 continue
             raise
         again, again_log = run_logged(composition, workload, slots)
-        assert log == again_log, "two runs with the same seed differ"
-        assert all(np.array_equal(one, two) for one, two in zip(run.steps, again.steps, strict=True))
+        assert not difference(run, log, again, again_log), "two runs with the same seed differ"
+        fast, fast_log = run_logged(composition, workload, slots, engine=run_fast)
+        found = difference(run, log, fast, fast_log)
+        assert not found, f"the engines differ:\n{found}"
         check_slots(log, build(composition, workload, slots), workload)
         check_counts(run, log, workload)
         if "future" not in composition.needs:
             check_no_foresight(composition, workload, slots, log)
         if not any(hasattr(cls, "NUMBERS_MATTER") for cls, _ in composition.parts.values()):
             check_numbering(composition, workload, slots, log)
+
+
+def difference(reference: Run, reference_log: Log, fast: Run, fast_log: Log) -> str:
+    """Return in what two runs differ: a table of their logs around the first difference, or counters; "" for nothing."""
+    logs = list(zip_longest(reference_log, fast_log))
+    first = next((index for index, (one, two) in enumerate(logs) if one != two), None)
+    if first is not None:
+        shown = range(max(first - 8, 0), min(first + 8, len(logs)))
+        rows = [f"{'':3}{'reference: ns, what, key, event':44} fast"]
+        for index in shown:
+            one, two = (", ".join(map(str, entry)) if entry else "(nothing)" for entry in logs[index])
+            rows.append(f"{'' if logs[index][0] == logs[index][1] else '->':3}{one:44} {two}")
+        return "\n".join(rows)
+    counters = [*(f"steps.{name}" for name in StepTimes._fields), *Run._fields[1:-1]]
+    pairs = zip(counters, [*reference.steps, *reference[1:-1]], [*fast.steps, *fast[1:-1]], strict=True)
+    return "\n".join(f"{name}: {one} in the reference engine, {two} in the fast" for name, one, two in pairs if not _same(one, two))
+
+
+def _same(one: Any, two: Any) -> bool:
+    return bool(np.all(one == two))
 
 
 def check_slots(log: Log, system: System, workload: Workload) -> None:
@@ -189,12 +214,14 @@ def build(composition: Composition, workload: Workload, slots: int) -> System:
     )
 
 
-def run_logged(composition: Composition, workload: Workload, slots: int) -> tuple[Run, Log]:
+def run_logged(
+    composition: Composition, workload: Workload, slots: int, engine: Callable[..., Run] = run_reference
+) -> tuple[Run, Log]:
     """Build and run, and return the run with its log."""
     log: Log = []
     system = build(composition, workload, slots)
     try:
-        return run_reference(system, workload, costs_for(workload), log), log
+        return engine(system, workload, costs_for(workload), log), log
     except Exception as error:
         last = f"after {log[-1]}" if log else "at the start"
         raise AssertionError(

@@ -17,18 +17,14 @@ import numpy as np
 from policies.system import AXES, Composition, System, build_system, find_part
 from sim import store
 from sim.config import Config, check_config, one_of, plain
+from sim.engines import ENGINES, run_engine
 from sim.costs import Costs, decode_layer_ns, make_costs, transfer_ns, with_free_link
-from sim.events import future_of
 from sim.hardware import make_hardware, model_spec
-from sim.reference import run_reference
 from sim.result import Run, limited_by, metrics
 from sim.workload import Workload, make_workload
 from traces import Trace, bundled, content_hash, load_trace, take_tokens
 from traces.errors import InputError
 from traces.trace import ModelSpec
-
-ENGINES = {"reference": run_reference}
-"""What `engine` may be."""
 
 _NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "json", "plugins")
 """Settings that say where or how to run, not what."""
@@ -46,8 +42,9 @@ def simulate(config: Config, *, resume: bool = True) -> dict[str, Any]:
         stored = store.read_rows(config["results"], [key]).iloc[0]
         return {str(column): value for column, value in stored.items()}
     costs, spec = costs_of(config, workload)
-    run, slots = run_system(config, workload, costs)
-    row = {**_identity(config, workload, spec, costs, slots, run), **metrics(run, workload), "key": key}
+    run, engine = run_system(config, workload, costs)
+    slots = slots_of(config["budget"], workload.trace.model, costs)
+    row = {**_identity(config, workload, spec, costs, slots, run), "engine": engine, **metrics(run, workload), "key": key}
     row["limited_by"] = limited_by(row)
     store.write_row(config["results"], row)
     return row
@@ -55,31 +52,28 @@ def simulate(config: Config, *, resume: bool = True) -> dict[str, Any]:
 
 def run_system(
     config: Config, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None = None
-) -> tuple[Run, int]:
-    """Build the config's system, run it and return what happened and the slots that it had."""
-    system, slots = system_of(config, workload, costs)
-    engine = ENGINES[one_of("engine", config["engine"], list(ENGINES))]
-    return engine(system, workload, costs, log), slots
+) -> tuple[Run, str]:
+    """Build the config's system, run it and return what happened, and in which engine."""
+    engine = one_of("engine", config["engine"], ENGINES)
+    return run_engine(engine, lambda: system_of(config, workload, costs), workload, costs, log)
 
 
-def system_of(config: Config, workload: Workload, costs: Costs) -> tuple[System, int]:
-    """Build the config's system afresh, ready for one run, and return it with the slots that its budget holds."""
+def system_of(config: Config, workload: Workload, costs: Costs) -> System:
+    """Build the config's system afresh, ready for one run."""
     trace = workload.trace
     composition = composition_of(config)
     composition.check(trace.capabilities(), trace_name(config))
-    slots = slots_of(config["budget"], trace.model, costs)
-    system = build_system(
+    return build_system(
         composition,
-        slots=slots,
+        slots=slots_of(config["budget"], trace.model, costs),
         layers=trace.model.layers,
         experts=trace.model.experts,
         top_k=trace.model.top_k,
         seed=config["seed"],
         layer_ns=decode_layer_ns(costs, trace.model.top_k),
         transfer_ns=transfer_ns(costs),
-        future=lambda: future_of(workload.events),
+        future=lambda: workload.future,
     )
-    return system, slots
 
 
 def composition_of(config: Config) -> Composition:
@@ -187,7 +181,7 @@ def _code_digest(config: Config) -> str:
 @lru_cache(maxsize=1)
 def _project_digest() -> str:
     root = Path(__file__).parent.parent
-    files = [*sorted((root / "policies").rglob("*.py")), *sorted((root / "sim").glob("*.py"))]
+    files = [*sorted((root / "policies").rglob("*.py")), *sorted((root / "sim").rglob("*.py"))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
@@ -214,7 +208,6 @@ def _identity(config: Config, workload: Workload, spec: ModelSpec, costs: Costs,
         "budget_bytes": slots * costs.expert_bytes,
         "slots": slots,
         "seed": config["seed"],
-        "engine": config["engine"],
         "code_version": f"{metadata.version('foregate')}+{_project_digest()[:12]}",
         "config": json.dumps(config, sort_keys=True),
         "device_bytes_peak": peak_bytes,

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from policies.contract import Ints
-from sim.events import Events, make_events
+from policies.contract import Future, Ints
+from sim.events import Events, future_of, make_events
 from traces.errors import InputError
 from traces.trace import DECODE, PREFILL, Trace
 
@@ -50,6 +50,11 @@ class Workload:
     def events(self) -> Events:
         """The distinct experts of every (step, layer)."""
         return make_events(self.trace.experts[self.rows], self.offsets, self.trace.model.experts)
+
+    @cached_property
+    def future(self) -> Future:
+        """What clairvoyant policies receive."""
+        return future_of(self.events)
 
 
 def make_workload(trace: Trace, order: str = "one_request", batch: int = 1, phases: str = "all") -> Workload:

@@ -1,0 +1,37 @@
+"""Which engine runs a system: the compiled one, unless somebody asks for the other or a policy needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from policies.system import System
+from sim.costs import Costs
+from sim.reference import run_reference
+from sim.result import Run
+from sim.workload import Workload
+
+ENGINES = ("auto", "fast", "reference")
+"""What `engine` may be. Both engines give the same integers."""
+
+
+def run_engine(
+    name: str, build: Callable[[], System], workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None = None
+) -> tuple[Run, str]:
+    """Run a system, freshly built by `build`, in the engine `name`; return what happened and which engine it was.
+
+    ``auto`` is the fast engine. Where a compiled policy raises an exception, of which nothing but that is known, the
+    reference engine runs it again and the exception that Python raises is the one to read.
+    """
+    if name == "reference":
+        return run_reference(build(), workload, costs, log), name
+    from sim.fast import PolicyRaised, run_fast  # numba takes half a second to import
+
+    try:
+        return run_fast(build(), workload, costs, log), "fast"
+    except PolicyRaised:
+        if name == "fast":
+            raise
+        if log is not None:
+            log.clear()
+        return run_reference(build(), workload, costs, log), "reference"
