@@ -64,7 +64,9 @@ def difference(reference: Run, reference_log: Log, fast: Run, fast_log: Log) -> 
         return "\n".join(rows)
     counters = [*(f"steps.{name}" for name in StepTimes._fields), *Run._fields[1:-1]]
     pairs = zip(counters, [*reference.steps, *reference[1:-1]], [*fast.steps, *fast[1:-1]], strict=True)
-    return "\n".join(f"{name}: {one} in the reference engine, {two} in the fast" for name, one, two in pairs if not _same(one, two))
+    return "\n".join(
+        f"{name}: {one} in the reference engine, {two} in the fast" for name, one, two in pairs if not _same(one, two)
+    )
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import simpy
 
 from policies.contract import Seen
-from policies.residency import AWAITED, FREE, HELD, Residency
+from policies.residency import AWAITED, FREE, HELD, ContractError, Residency, no_prediction, no_victim
 from policies.system import System
 from sim.costs import Costs
 from sim.link import Link, Transfer
@@ -250,10 +250,11 @@ class _Engine:
             if target >= self.events.total:
                 return
             most = min(system.prefetch.most(len(seen.experts)), experts)
-            count = system.predictor.predict(seen, ahead, self.ids[:most], self.scores[:most])
-            if count == 0:
+            predicted = system.predictor.predict(seen, ahead, self.ids[:most], self.scores[:most])
+            if predicted == 0:
                 continue
-            count = system.take(self.scores, count)
+            count = system.take(self.scores, predicted)
+            self._check_prediction(predicted, most, count)
             target_layer = (layer + ahead) % layers
             first_key = target_layer * experts
             keys = [first_key + expert for expert in self.ids[:count].tolist()]
@@ -266,6 +267,13 @@ class _Engine:
                 if key not in residents and key not in self.transfers:
                     self.transfers[key] = transfer = Transfer(key, target, self.costs.chunks)
                     self.link.prefetch.append(transfer)
+
+    def _check_prediction(self, predicted: int, most: int, count: int) -> None:
+        """Raise ContractError for counts and ids that cannot be."""
+        wrong = [number for number, limit in ((predicted, most), (count, predicted)) if not 0 <= number <= limit]
+        wrong += [expert for expert in self.ids[: max(count, 0)].tolist() if not 0 <= expert < self.events.experts]
+        if wrong:
+            raise ContractError(no_prediction(type(self.system.predictor).__name__, wrong[0], self.events.experts))
 
     # ---- slots and transfers: what the link asks and tells ---------------------------------------------------
 
@@ -319,7 +327,7 @@ class _Engine:
                     self.link.prefetch.remove(paused)
                     self._give_up(paused)
                     return True
-            raise AssertionError("a demand load found every slot of its pool held")
+            raise ContractError(no_victim(type(residency.eviction).__name__, -1))
         return False
 
     def _evict(self, key: int, ns: int) -> None:

@@ -1,4 +1,4 @@
-"""The reference engine gives the integers of a second, plainly written model on thousands of random small cases."""
+"""Both engines give the integers of a second, plainly written model on thousands of random small cases."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,10 @@ from builders import make_trace
 from plain_model import PlainModel
 
 from policies.system import Composition, build_system, find_part
+from sim.conformance import difference
 from sim.costs import Costs
 from sim.events import future_of
+from sim.fast import run_fast
 from sim.reference import run_reference
 from sim.workload import make_workload
 from traces import InputError
@@ -23,7 +25,7 @@ ALLOCATIONS = {"global": "policies.allocation.whole_device.WholeDevice", "unifor
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_engine_and_plain_model_agree(part):
+def test_engines_and_plain_model_agree(part):
     compared = 0
     for seed in range(part * CASES // 4, (part + 1) * CASES // 4):
         case = Case(seed)
@@ -31,6 +33,9 @@ def test_engine_and_plain_model_agree(part):
             continue
         log = [] if seed % 2 else None  # keeping a log changes nothing
         run = run_reference(case.system, case.workload, case.costs, log)
+        fast_log = [] if seed % 2 else None
+        fast = run_fast(case.fresh_system(), case.workload, case.costs, fast_log, interpret=seed % 5 == 0)
+        assert not difference(run, log or [], fast, fast_log or []), seed
         plain = PlainModel(
             case.unions(), case.predictions(), case.system.setting, case.costs, case.eviction, case.drop, case.reupload
         )
@@ -62,7 +67,12 @@ class Case:
         self.drop, self.reupload = bool(rng.random() < 0.4), bool(rng.random() < 0.3)
         self.depth = int(rng.integers(1, 4 if rng.random() < 0.8 else 2 * self.layers + 2))
         self.n = [None, 1, 2, 5][int(rng.integers(4))]
-        self.costs, self.system = self.make_costs(), self.make_system(str(rng.choice(list(ALLOCATIONS))))
+        self.costs = self.make_costs()
+        self.allocation = str(rng.choice(list(ALLOCATIONS)))
+        least = self.top_k * (self.layers if self.allocation == "uniform" else 1)
+        most = self.layers * self.experts
+        self.slots = least if rng.random() < 0.25 else int(rng.integers(least, most + 1))
+        self.system = self.fresh_system()
 
     def make_trace(self):
         rng, rows, requests, prompts, steps = self.rng, [], [], [], []
@@ -116,21 +126,18 @@ class Case:
             costs = costs._replace(**rounded)
         return costs
 
-    def make_system(self, allocation):
-        least = self.top_k * (self.layers if allocation == "uniform" else 1)
-        most = self.layers * self.experts
-        slots = least if self.rng.random() < 0.25 else int(self.rng.integers(least, most + 1))
+    def fresh_system(self):
         specs = {
             "predictor": {"_target_": PREDICTORS[self.predictor]},
             "prefetch": {"_target_": "policies.prefetch.top_n.TopN", "n": self.n, "depth": self.depth},
             "eviction": {"_target_": EVICTIONS[self.eviction]},
-            "allocation": {"_target_": ALLOCATIONS[allocation]},
+            "allocation": {"_target_": ALLOCATIONS[self.allocation]},
             "miss": {"_target_": "policies.miss.wait.Wait"},
         }
         parts = {axis: find_part(axis, spec) for axis, spec in specs.items()}
         return build_system(
             Composition("tried", parts, self.drop, self.reupload),
-            slots=slots,
+            slots=self.slots,
             layers=self.layers,
             experts=self.experts,
             top_k=self.top_k,

@@ -15,7 +15,7 @@ from policies.contract import Seen, Setting
 from policies.system import System
 from sim.fast import members
 from sim.fast.callbacks import PythonEviction, PythonPredictor, callback
-from sim.fast.native import compiled, entry, make_known, size_of, store
+from sim.fast.native import checked_bounds, compiled, entry, make_known, size_of, store
 
 EVENT, ADMIT, EVICTED, OBSERVE, PREDICT, MOST, TAKE, EVICTION, PREDICTOR, PREFETCH = range(10)
 """Places in the table: seven entries (0 where there is nothing to call), then the states of the three policies."""
@@ -126,7 +126,7 @@ class Hooks:
 
     def _compile(self, axis: str, place: int, bind: Callable[..., Any], state: Any) -> bool:
         """Compile the entries of a policy, if numba can, and put its state into memory."""
-        if not self._interpret and isinstance(state[0], tuple):
+        if not self._interpret and isinstance(state[0], tuple) and len(state[0]):  # numba cannot pass an empty tuple
             try:
                 self._put(place, bind, state)
             except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
@@ -138,8 +138,10 @@ class Hooks:
 
     def _put(self, place: int, bind: Callable[..., Any], state: Any) -> None:
         memory = np.zeros(2048, np.int64)
-        function = compiled(bind, *make_known(type(state[0])))
-        if not function(state, memory.ctypes.data, memory.nbytes, self.table):
+        function = compiled(bind, make_known(type(state[0])))
+        with checked_bounds(type(state[0])):
+            bound = function(state, memory.ctypes.data, memory.nbytes, self.table)
+        if not bound:
             raise ValueError("a policy has more arrays than there is room for")
         self.table[place] = memory.ctypes.data
         self._alive = [kept for kept in self._alive if kept[0] != place] + [(place, state, memory)]

@@ -38,6 +38,9 @@ from sim.fast.state import (
 NOTHING = -1
 """No expert key."""
 
+ONLY_SERVE = -1
+"""A moment before all others: the link starts what it can, and no time passes."""
+
 END, END_TRAIN, GIVE_WAY = range(3)
 """What the link's alarm means."""
 
@@ -106,7 +109,7 @@ def _serve_event(run: Any, gate_end: Any) -> None:
         _predict(run)
     compute = run.host + present_ns
     while True:
-        _let_link_act(run, run.time)
+        _let_link_act(run, ONLY_SERVE)
         for index in range(run.arrivals):
             landed = place(run, index).arrival_ns
             if landed > compute:
@@ -129,7 +132,7 @@ def _serve_event(run: Any, gate_end: Any) -> None:
             key = number(run.keys_at, index, INT32)
             if expert_of(run, key).resident and expert_of(run, key).transfer == NONE:
                 _queue(run, key, run.now, True)
-        _let_link_act(run, run.time)
+        _let_link_act(run, ONLY_SERVE)
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
@@ -292,9 +295,9 @@ def _predict(run: Any) -> None:
         if most == FAILED or count == FAILED or taken == FAILED:
             run.broken = BY_EXCEPTION
             return
-        if most < 0 or count < 0 or count > min(most, run.experts) or taken < 0 or taken > count:
+        if count < 0 or count > min(most, run.experts) or taken < 0 or taken > count:
             run.broken = BY_PREDICTION
-            run.broken_by = taken
+            run.broken_by = count if taken == count else taken
             return
         if count == 0:
             continue
@@ -446,15 +449,17 @@ def _give_up(run: Any, key: Any) -> None:
 
 @njit  # type: ignore[untyped-decorator]
 def _let_link_act(run: Any, until: Any) -> None:
-    """Serve what was put into the queues, and let time pass to `until`, or to when the awaited transfers have landed."""
+    """Serve what was put into the queues, and let time pass to `until`; longer, if an event waits for transfers."""
     if run.demands and run.moving != NOTHING and not expert_of(run, run.moving).demand:
         _ask_to_give_way(run, expert_of(run, run.moving))
     while not run.broken:
         if run.moving == NOTHING:
             _serve(run)
-        if run.moving == NOTHING or (run.alarm_ns > max(until, run.time) and run.outstanding == 0):
+        if run.moving == NOTHING or (run.alarm_ns > until and run.outstanding == 0):
             break
         run.time = run.alarm_ns
+        if run.outstanding:
+            until = run.time  # what else happens at this instant comes before the host goes on
         moving = expert_of(run, run.moving)
         if run.alarm == END_TRAIN:
             _end_train(run)

@@ -13,8 +13,9 @@ import inspect
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -38,10 +39,13 @@ _INT64 = ir.IntType(64)
 
 # ---- policies made known to numba --------------------------------------------------------------------------------
 
+_INLINED = {"forceinline": True}
+
 _known: set[Any] = set()
 """Functions and method names that numba was told about."""
 
 
+@cache
 def make_known(cls: type) -> frozenset[Path]:
     """Tell numba about the methods of `cls` and every function they call; return the source files that took part."""
     reached: set[FunctionType] = set()
@@ -56,7 +60,7 @@ def make_known(cls: type) -> frozenset[Path]:
     methods = {method for _, method in inspect.getmembers(cls, inspect.isfunction)}
     for function in reached - methods - _known:
         _known.add(function)
-        overload(function, strict=False, jit_options=_options(function))(_always(_bare(function)))
+        overload(function, strict=False, jit_options=_INLINED)(_always(_bare(function)))
     return frozenset(Path(function.__code__.co_filename) for function in reached)
 
 
@@ -87,7 +91,7 @@ def _know_method(name: str, example: FunctionType) -> None:
         return _bare(getattr(self.instance_class, name, example))
 
     find.__signature__ = inspect.signature(example)  # type: ignore[attr-defined]
-    overload_method(types.BaseNamedTuple, name, strict=False, jit_options=_options(example))(find)
+    overload_method(types.BaseNamedTuple, name, strict=False, jit_options=_INLINED)(find)
 
 
 def _always(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,25 +107,31 @@ def _bare(function: Any) -> FunctionType:
     return copy
 
 
-def _options(function: FunctionType) -> dict[str, bool]:
-    """Check array bounds in policies that are not of this project: a wrong index is an exception there, as in Python."""
-    ours = function.__module__.startswith(("policies.", "sim."))
-    return {"boundscheck": True} if not ours else {"forceinline": True}
+@contextmanager
+def checked_bounds(cls: type) -> Iterator[None]:
+    """Compile policies that are not of this project so that a wrong index is an exception, as in Python."""
+    before = numba.config.BOUNDSCHECK
+    numba.config.BOUNDSCHECK = None if cls.__module__.startswith("policies.") else 1
+    try:
+        yield
+    finally:
+        numba.config.BOUNDSCHECK = before
 
 
 # ---- the disk cache ----------------------------------------------------------------------------------------------
 
 
-def compiled(function: Callable[..., Any], *sources: Path) -> Any:
+def compiled(function: Callable[..., Any], sources: frozenset[Path] = frozenset()) -> Any:
     """Return `function` as a compiled function that is kept on disk until one of the `sources` changes.
 
     numba's own cache looks at the file of `function` only; here the folder is named by the contents of all sources.
     """
-    return _compiled(function, _digest(frozenset({*sources, *_engine_sources()})))
+    return _compiled(function, sources)
 
 
-@lru_cache(maxsize=None)
-def _compiled(function: Callable[..., Any], digest: str) -> Any:
+@cache
+def _compiled(function: Callable[..., Any], sources: frozenset[Path]) -> Any:
+    digest = _digest(sources | _engine_sources())
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(cache_folder() / digest)  # read when the decorator runs, and put back after it
     try:
@@ -130,7 +140,7 @@ def _compiled(function: Callable[..., Any], digest: str) -> Any:
         numba.config.CACHE_DIR = before
 
 
-@lru_cache(maxsize=1)
+@cache
 def cache_folder() -> Path:
     """Return the folder of compiled code: the user's cache folder, or a temporary one where that cannot be written."""
     wanted = Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir()) / "foregate"
@@ -142,7 +152,6 @@ def cache_folder() -> Path:
     return wanted
 
 
-@lru_cache(maxsize=None)
 def _digest(sources: frozenset[Path]) -> str:
     """Return the name of what compiling `sources` gives: their paths (numba looks at their times) and contents."""
     digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {sys.version}".encode())
@@ -151,7 +160,7 @@ def _digest(sources: frozenset[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _engine_sources() -> frozenset[Path]:
     here = Path(__file__).parent
     contract = here.parent.parent / "policies"

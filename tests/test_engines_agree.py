@@ -1,0 +1,392 @@
+"""The fast engine gives the integers and events of the reference engine, whatever the policy, workload and costs."""
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from builders import make_trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sim.fast.run
+from policies.eviction.fifo import FIFO
+from policies.eviction.lru import LRU
+from policies.order import oldest
+from policies.predictor.popularity import Popularity
+from policies.residency import ContractError
+from policies.system import Composition, build_system, find_part
+from sim.config import compose_config, options
+from sim.conformance import build, costs_for, difference, small_trace
+from sim.costs import Costs
+from sim.engines import run_engine
+from sim.events import future_of
+from sim.experiment import composition_of, costs_of, system_of, workload_of
+from sim.fast import PolicyRaised, run_fast
+from sim.reference import run_reference
+from sim.workload import make_workload
+from traces import import_trace, take_tokens
+
+GPT_OSS = Path(__file__).parents[2] / "shared" / "traces" / "gpt_oss_20b_decode.npz"
+SYSTEMS = options("system")
+AXES = {axis: options(axis) for axis in ("predictor", "prefetch", "eviction", "allocation", "miss")}
+
+
+@cache
+def part(axis, name):
+    return find_part(axis, compose_config("simulate", [f"{axis}={name}"])[axis])
+
+
+def composition(drop=False, reupload=False, **parts):
+    chosen = {"predictor": "none", "prefetch": "none", "eviction": "lru", "allocation": "global", "miss": "wait", **parts}
+    return Composition("tried", {axis: part(axis, name) for axis, name in chosen.items()}, drop, reupload)
+
+
+def assert_agree(make_system, workload, costs, interpret=False):
+    """Run both engines with and without a log."""
+    logs = [], []
+    reference = run_reference(make_system(), workload, costs, logs[0])
+    fast = run_fast(make_system(), workload, costs, logs[1], interpret=interpret)
+    found = difference(reference, logs[0], fast, logs[1])
+    assert not found, f"\n{found}"
+    silent = run_fast(make_system(), workload, costs, interpret=interpret)
+    assert not difference(reference, [], silent, []), "the log changes what happens"
+
+
+# ---- real routing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.13, 0.25, 0.6])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_on_the_bundled_recording(name, budget):
+    config = compose_config("simulate", [f"system={name}", f"budget={budget}", "trace.tokens=150"])
+    workload = workload_of(config)
+    costs = costs_of(config, workload)[0]
+    costs = costs._replace(chunks=3, chunk_ns=costs.last_chunk_ns // 3, last_chunk_ns=costs.last_chunk_ns // 3)
+    assert_agree(lambda: system_of(config, workload, costs), workload, costs)
+
+
+@pytest.mark.parametrize("eviction", AXES["eviction"])
+def test_every_eviction_policy_on_gpt_oss(eviction):
+    if not GPT_OSS.exists():
+        pytest.skip(f"no published routing at {GPT_OSS}")
+    workload = make_workload(take_tokens(import_trace(GPT_OSS, "plain_arrays"), 60))
+    costs = costs_for(workload)
+    tried = composition(eviction=eviction, predictor="previous_token", prefetch="top_n")
+    assert_agree(lambda: build(tried, workload, 200), workload, costs)
+
+
+@pytest.mark.parametrize("order", ["recorded", "continuous"])
+def test_steps_of_many_requests_on_the_bundled_recording(order):
+    overrides = [f"workload.order={order}", "workload.batch=5", "trace.tokens=400", "system=fate", "budget=0.2"]
+    config = compose_config("simulate", overrides)
+    workload = workload_of(config)
+    costs = costs_of(config, workload)[0]
+    assert_agree(lambda: system_of(config, workload, costs), workload, costs)
+
+
+# ---- any routing -------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """A small trace, what runs on it, and what everything costs."""
+
+    composition: Composition
+    workload: object
+    costs: Costs
+    slots: int
+    interpret: bool
+
+    def system(self):
+        model = self.workload.trace.model
+        return build_system(
+            self.composition,
+            slots=self.slots,
+            layers=model.layers,
+            experts=model.experts,
+            top_k=model.top_k,
+            seed=3,
+            layer_ns=400,
+            transfer_ns=130,
+            future=lambda: future_of(self.workload.events),
+        )
+
+
+@st.composite
+def cases(draw, **fixed):
+    """Draw a case; all numbers shrink towards few tokens, layers, experts and chunks, and towards the simplest policies."""
+    layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    top_k = draw(st.integers(1, min(experts, 3)))
+    routed = st.lists(st.integers(0, experts - 1), min_size=0, max_size=top_k, unique=True)
+    token = st.lists(routed, min_size=layers, max_size=layers)
+    tokens = draw(st.lists(token, min_size=1, max_size=24))
+    ids = np.array([[chosen + [-1] * (top_k - len(chosen)) for chosen in layers_of] for layers_of in tokens])
+    request, prompt = (
+        np.sort(draw(st.lists(st.integers(0, 2), min_size=len(ids), max_size=len(ids)))),
+        draw(st.integers(0, 4)),
+    )
+    request = np.unique(request, return_inverse=True)[1]
+    shift = draw(st.integers(0, experts - 1))
+    lookahead = np.full((len(ids), layers, 2, min(experts, 2 * top_k)), -1)
+    for layer in range(layers - 1):  # the next two layers' routing, a little off
+        for ahead in range(min(2, layers - 1 - layer)):
+            lookahead[:, layer, ahead, :] = (np.arange(lookahead.shape[3]) + shift + layer) % experts
+    prompts = [prompt] * (int(request.max()) + 1)
+    steps = np.cumsum([place < 1 or place >= prompt for place in _positions(request)]) - 1
+    trace = make_trace(ids, requests=request, steps=steps, prompts=prompts, lookahead=lookahead, expert_count=experts)
+    order, batch = draw(st.sampled_from(["one_request", "recorded", "continuous"])), draw(st.integers(1, 3))
+    workload = make_workload(trace, order, batch)
+    parts = {axis: fixed.get(axis) or draw(st.sampled_from(names)) for axis, names in AXES.items() if axis != "miss"}
+    whole = parts["allocation"] in ("global", "transient")
+    least = top_k * (1 if whole else layers)
+    slots = draw(st.integers(least, max(layers * experts, least)))
+    chunk_ns = draw(st.integers(0, 400))
+    count = len(workload.decode)
+    costs = Costs(
+        host_gate_ns=draw(st.integers(0, 30)),
+        host_experts_ns=draw(st.integers(0, 90)),
+        host_step_ns=draw(st.integers(0, 90)),
+        readout_ns=draw(st.integers(0, 40)),
+        step_ns=np.full(count, draw(st.integers(0, 50))),
+        attention_ns=np.full(count, draw(st.integers(0, 300))),
+        expert_ns=np.concatenate([[0], np.full(len(ids), draw(st.integers(0, 250)))]),
+        chunks=draw(st.integers(1, 3)),
+        chunk_ns=chunk_ns,
+        last_chunk_ns=draw(st.integers(0, chunk_ns)),
+        expert_bytes=250,
+        chunk_bytes=100,
+    )
+    tried = composition(drop=draw(st.booleans()), reupload=draw(st.booleans()), **parts)
+    return Case(tried, workload, costs, slots, draw(st.booleans()))
+
+
+def _positions(request):
+    return [int(np.sum(request[:row] == request[row])) for row in range(len(request))]
+
+
+@pytest.mark.parametrize("eviction", AXES["eviction"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_every_eviction_policy_on_any_routing(eviction, data):
+    case = data.draw(cases(eviction=eviction))
+    assert_agree(case.system, case.workload, case.costs, case.interpret)
+
+
+@pytest.mark.parametrize("predictor", AXES["predictor"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_every_predictor_on_any_routing(predictor, data):
+    case = data.draw(cases(predictor=predictor))
+    assert_agree(case.system, case.workload, case.costs, case.interpret)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_system_on_any_routing(data):
+    case = data.draw(cases())
+    assert_agree(case.system, case.workload, case.costs, case.interpret)
+
+
+# ---- how a disagreement is shown ---------------------------------------------------------------------------------
+
+
+def test_a_disagreement_shrinks_to_the_smallest_trace_and_is_printed_as_two_logs(monkeypatch):
+    """An engine that lets one expert too many land late is found, and shown on a trace of one token."""
+
+    right = run_fast
+
+    def broken(system, workload, costs, log=None, *, interpret=False):
+        return right(system, workload, costs._replace(last_chunk_ns=costs.last_chunk_ns + 1), log)
+
+    sizes = []
+
+    @given(case=cases(eviction="lru", predictor="none"))
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    def search(case):
+        sizes.append(case.workload.tokens)
+        monkeypatch.setattr("test_engines_agree.run_fast", broken)
+        try:
+            assert_agree(case.system, case.workload, case.costs)
+        finally:
+            monkeypatch.undo()
+
+    with pytest.raises(AssertionError, match=r"(?s)reference: ns, what, key, event +fast.*-> ") as shown:
+        search()
+    assert sizes[-1] == 1, "the last case that hypothesis runs is the smallest that fails"
+    assert "landed" in str(shown.value)
+
+
+# ---- parts of a run, and its log ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lru", "clairvoyant", "fate_released", "transition"])
+def test_a_run_in_many_parts_with_a_small_log_is_the_same(name, monkeypatch):
+    monkeypatch.setattr(sim.fast.run, "PART", 40)
+    monkeypatch.setattr(sim.fast.run, "LOG_ROOM", 1)
+    tried = composition_of(compose_config("simulate", [f"system={name}"]))
+    workload = make_workload(small_trace(), "continuous", 2)
+    assert_agree(lambda: build(tried, workload, 30), workload, costs_for(workload))
+
+
+def test_half_floats_are_widened_exactly():
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    wide = sim.fast.run.widened(halves.reshape(256, 256))
+    assert wide.shape == (256, 256)
+    assert np.array_equal(wide.ravel(), halves.astype(np.float32), equal_nan=True)
+
+
+# ---- compiled or not ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axis", "name"), [(axis, name) for axis in ("predictor", "prefetch", "eviction") for name in AXES[axis]]
+)
+def test_every_policy_of_the_project_is_compiled(axis, name):
+    others = {"predictor": "previous_token", "prefetch": "top_n", "eviction": "lru"}
+    workload = make_workload(take_tokens(small_trace(), 30))
+    system = build(composition(**{**others, axis: name}), workload, 30)
+    run = sim.fast.run._FastRun(system, workload, costs_for(workload), None, False)
+    run.result()
+    stateless = {"none"}  # a tuple without fields, which numba cannot pass; there is nothing to gain either
+    assert run.hooks.interpreted == ([axis] if name in stateless else []) or not system.prefetch.depth
+
+
+class PlainPython:
+    """Least recently used in a dictionary: a class of a user's own, which only Python understands."""
+
+    def __init__(self):
+        self.order = {}
+
+    @classmethod
+    def build(cls, setting):
+        return cls()
+
+    def on_insert(self, key, pool, now):
+        self.order.setdefault(pool, {})[key] = None
+
+    def on_hit(self, key, pool, now):
+        self.order[pool][key] = self.order[pool].pop(key)
+
+    def on_evict(self, key, pool, now):
+        del self.order[pool][key]
+
+    def victim(self, pool, holds, limit, now):
+        return next((key for key in self.order[pool] if holds[key] < limit), -1)
+
+
+def with_eviction(cls):
+    tried = composition(predictor="cross_layer_gate", prefetch="top_n")
+    return Composition("tried", {**tried.parts, "eviction": (cls, {})})
+
+
+def test_a_users_python_policy_runs_in_both_engines_and_is_what_it_says():
+    workload = make_workload(small_trace())
+    costs = costs_for(workload)
+    assert_agree(lambda: build(with_eviction(PlainPython), workload, 20), workload, costs)
+    lru = run_fast(build(with_eviction(LRU), workload, 20), workload, costs)
+    assert not difference(lru, [], run_fast(build(with_eviction(PlainPython), workload, 20), workload, costs), [])
+
+
+class NumPyByHand(FIFO):
+    """A named tuple that numba cannot compile: it is called back without anybody noticing."""
+
+    def victim(self, pool, holds, limit, now):
+        return {"oldest": super().victim(pool, holds, limit, now)}["oldest"]
+
+
+def test_a_named_tuple_that_cannot_be_compiled_is_called_back():
+    workload = make_workload(small_trace())
+    assert_agree(lambda: build(with_eviction(NumPyByHand), workload, 20), workload, costs_for(workload))
+
+
+class Failing(FIFO):
+    """Breaks at event 7."""
+
+    def on_hit(self, key, pool, now):
+        if now >= 7:
+            raise RuntimeError("event 7")
+
+
+class FailingInPython(PlainPython):
+    on_hit = Failing.on_hit
+
+
+class OutOfBounds(FIFO):
+    """Looks behind the end of an array, which in compiled code would be somebody else's memory."""
+
+    def on_hit(self, key, pool, now):
+        self.order.queue[len(self.order.queue) + 1_000_000] = 7
+
+
+def test_what_a_python_policy_raises_comes_out_of_the_fast_engine():
+    workload = make_workload(small_trace())
+    with pytest.raises(RuntimeError, match="event 7"):
+        run_fast(build(with_eviction(FailingInPython), workload, 20), workload, costs_for(workload))
+
+
+@pytest.mark.parametrize(("cls", "error"), [(Failing, RuntimeError), (OutOfBounds, IndexError)])
+def test_what_a_compiled_policy_raises_is_found_by_the_reference_engine(cls, error):
+    workload = make_workload(small_trace())
+    costs = costs_for(workload)
+    with pytest.raises(PolicyRaised):
+        run_engine("fast", lambda: build(with_eviction(cls), workload, 20), workload, costs)
+    with pytest.raises(error):
+        run_engine("auto", lambda: build(with_eviction(cls), workload, 20), workload, costs)
+
+
+class Unruly(FIFO):
+    """Evicts whom it must not."""
+
+    def victim(self, pool, holds, limit, now):
+        return oldest(self.order, pool)
+
+
+class Nowhere(FIFO):
+    """Evicts an expert that does not exist."""
+
+    def victim(self, pool, holds, limit, now):
+        return 10**9
+
+
+class Unwilling(FIFO):
+    """Evicts nobody."""
+
+    def victim(self, pool, holds, limit, now):
+        return -1
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize(
+    ("cls", "says"),
+    [(Unruly, "a victim must be a resident"), (Nowhere, "chose expert key 1000000000"), (Unwilling, "names no victim")],
+)
+def test_a_victim_that_may_not_leave_is_refused_by_both_engines(engine, cls, says):
+    workload = make_workload(small_trace())
+    with pytest.raises(ContractError, match=says):
+        run_engine(engine, lambda: build(with_eviction(cls), workload, 16), workload, costs_for(workload))
+
+
+class Wild(Popularity):
+    """Predicts an expert that does not exist."""
+
+    def predict(self, seen, ahead, ids, scores):
+        ids[0] = 99
+        return 1
+
+
+class Wordy(Popularity):
+    """Says that it predicted more than it was asked for."""
+
+    def predict(self, seen, ahead, ids, scores):
+        return len(ids) + 1
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize("cls", [Wild, Wordy])
+def test_a_prediction_that_is_none_is_refused_by_both_engines(engine, cls):
+    tried = composition(prefetch="top_n")
+    tried = Composition("tried", {**tried.parts, "predictor": (cls, {})})
+    workload = make_workload(small_trace())
+    with pytest.raises(ContractError, match=r"or its prefetch rule gave \d+: ids are those of 12 experts"):
+        run_engine(engine, lambda: build(tried, workload, 20), workload, costs_for(workload))
