@@ -6,6 +6,7 @@ before the event ends, and an event that needs more experts than there are slots
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,26 +24,38 @@ class Misses(NamedTuple):
     misses: int
 
 
-def replay(eviction: Any, setting: Setting, events: Events) -> Misses:
+def replay(eviction: Any, setting: Setting, events: Events, engine: str = "auto") -> Misses:
     """Run `events` through a freshly built `eviction` policy at the slots that `setting` gives.
 
-    Pass ``one_key_events(events)`` for the sequential replay of older papers.
+    Pass ``one_key_events(events)`` for the sequential replay of older papers. `engine` is ``auto``, ``fast`` (compiled) or
+    ``reference`` (this file's Python, which also runs policies that cannot be compiled): the same misses.
     """
+    misses = None
+    if engine != "reference":
+        from sim.fast.replay import fast_misses
+
+        misses = fast_misses(eviction, setting, events)
+    if misses is None:
+        misses = _replay_in_python(eviction, setting, events)
+    return Misses(len(events.keys), len(events.keys) - misses, misses)
+
+
+def _replay_in_python(eviction: Any, setting: Setting, events: Events) -> int:
     residency = Residency(eviction, setting)
     eviction = residency.eviction
     pool_of = residency.pool_of_key
     keys, offsets = events.keys.tolist(), events.offsets.tolist()
-    hits = 0
+    misses = 0
     for now in range(events.total):
         union = keys[offsets[now] : offsets[now + 1]]
         absent = []
         for key in union:
             if key in residency:
-                hits += 1
                 residency.holds[key] = HELD
                 eviction.on_hit(key, pool_of[key], now)
             else:
                 absent.append(key)
+        misses += len(absent)
         for key in absent:
             residency.on_miss(key, pool_of[key], now)
         for key in absent:
@@ -51,13 +64,13 @@ def replay(eviction: Any, setting: Setting, events: Events) -> Misses:
                 residency.evict(leaving, now)
             residency.insert(key, now)
         residency.hold(union, FREE)
-        _shrink(residency, {pool_of[key] for key in absent}, now)
-    return Misses(len(keys), hits, len(keys) - hits)
+        _shrink(residency, {pool_of[key]: None for key in absent}, now)
+    return misses
 
 
-def _shrink(residency: Residency, pools: set[int], now: int) -> None:
+def _shrink(residency: Residency, pools: Iterable[int], now: int) -> None:
     """Decide retention at the end of an event that overflowed its pools."""
-    for pool in sorted(pools):
+    for pool in pools:
         while len(residency.residents[pool]) > residency.capacity[pool]:
             residency.evict(residency.victim(pool, now), now)
 

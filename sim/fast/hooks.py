@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from policies.contract import Seen, Setting
 from policies.system import System
-from sim.fast import members
 from sim.fast.callbacks import PythonEviction, PythonPredictor, callback
-from sim.fast.native import checked_bounds, compiled, entry, make_known, size_of, store
+from sim.fast.members import insert, make_members, remove, touch, victim
+from sim.fast.native import checked_bounds, compiled, entry, make_known, not_compiled, size_of, store
 
 EVENT, ADMIT, EVICTED, OBSERVE, PREDICT, MOST, TAKE, EVICTION, PREDICTOR, PREFETCH = range(10)
 """Places in the table: seven entries (0 where there is nothing to call), then the states of the three policies."""
@@ -100,9 +101,7 @@ class Hooks:
 
     def _bind_eviction(self) -> None:
         policy, told, setting = self._system.eviction, self._told, self._system.setting
-        chooses = hasattr(policy, "victim")
-        state = (policy, told) if chooses else (policy, told, members.make_members(setting, policy))
-        if not self._compile("eviction", EVICTION, _bind_choosing if chooses else _bind_scoring, state):
+        if not self._compile("eviction", EVICTION, _bind_eviction, (policy, told, make_members(setting, policy))):
             python = PythonEviction(policy, setting, told)
             self._call_back({EVENT: python.event, ADMIT: python.admit, EVICTED: python.evicted})
 
@@ -125,12 +124,13 @@ class Hooks:
             self.table[OBSERVE] = 0
 
     def _compile(self, axis: str, place: int, bind: Callable[..., Any], state: Any) -> bool:
-        """Compile the entries of a policy, if numba can, and put its state into memory."""
-        if not self._interpret and isinstance(state[0], tuple) and len(state[0]):  # numba cannot pass an empty tuple
+        """Compile the entries of a policy, if numba can (an empty tuple it cannot pass), and put its state into memory."""
+        cls = type(state[0])
+        if not self._interpret and cls not in not_compiled and issubclass(cls, tuple) and len(state[0]):
             try:
                 self._put(place, bind, state)
             except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
-                pass
+                not_compiled.add(cls)
             else:
                 return True
         self.interpreted.append(axis)
@@ -152,128 +152,64 @@ class Hooks:
             self._alive.append((place, kept))
 
 
-# ---- entries of eviction policies that choose a victim ------------------------------------------------------------
+# ---- entries of eviction policies ---------------------------------------------------------------------------------
 
 
-def choosing_event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
-    """Tell an eviction policy which experts of an event are there and which are not."""
-    policy, told = state
+def event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
+    """Tell the policy which experts of an event are there and which are not."""
+    policy, told, members = state
     for index in range(hits):
         policy.on_hit(told.hits[index], pool, now)
+        touch(members, told.hits[index], pool)
     for index in range(misses):
         policy.on_miss(told.misses[index], pool, now)
     return 0
 
 
-def choosing_admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
-    """Give `key` a slot: a free one, or one whose resident is held below `limit`; return who left."""
-    policy, told = state
+def admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
+    """Give `key` a slot: a free one, or that of somebody held below `limit`; return who left."""
+    policy, told, members = state
     leaving = NOBODY
     if limit != ROOM:
-        leaving = policy.victim(pool, told.holds, limit, now)
+        leaving = victim(policy, members, told.holds, pool, limit, now)
         if leaving < 0:
             return REFUSED
-        if leaving < len(told.holds):
-            policy.on_evict(leaving, pool, now)
-    policy.on_insert(key, pool, now)
-    return leaving
-
-
-def choosing_evicted(state: Any, key: Any, pool: Any, now: Any, unused: Any) -> Any:
-    """Tell that `key` lost its slot for another reason than to make room."""
-    policy, told = state
-    policy.on_evict(key, pool, now)
-    return 0
-
-
-_choosing_event, _choosing_admit, _choosing_evicted = map(entry, (choosing_event, choosing_admit, choosing_evicted))
-
-
-def _bind_choosing(state: Any, memory: Any, size: Any, table: Any) -> Any:
-    if size < size_of(state):
-        return False
-    store(memory, state)
-    table[EVENT], table[ADMIT] = _choosing_event(state), _choosing_admit(state)
-    table[EVICTED] = _choosing_evicted(state)
-    return True
-
-
-# ---- entries of eviction policies that score ----------------------------------------------------------------------
-
-
-def scoring_event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
-    """Tell an eviction policy which experts of an event are there and which are not."""
-    policy, told, residents = state
-    for index in range(hits):
-        policy.on_hit(told.hits[index], pool, now)
-        members.touch(residents, told.hits[index])
-    for index in range(misses):
-        policy.on_miss(told.misses[index], pool, now)
-    return 0
-
-
-def scoring_admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
-    """Give `key` a slot: a free one, or that of the lowest score held below `limit`; return who left."""
-    policy, told, residents = state
-    leaving = NOBODY
-    if limit != ROOM:
-        leaving = members.lowest(policy, residents, told.holds, pool, limit, now)
-        if leaving < 0:
-            return REFUSED
-        members.remove(residents, leaving, pool)
+        if leaving >= len(told.holds):
+            return leaving  # no expert: the loop sees to it
+        remove(members, leaving, pool)
         policy.on_evict(leaving, pool, now)
-    members.insert(residents, key, pool)
+    insert(members, key, pool)
     policy.on_insert(key, pool, now)
     return leaving
 
 
-def scoring_evicted(state: Any, key: Any, pool: Any, now: Any, unused: Any) -> Any:
-    """Tell that `key` lost its slot for another reason than to make room."""
-    policy, told, residents = state
-    members.remove(residents, key, pool)
+def evicted(state: Any, key: Any, pool: Any, now: Any, d: Any) -> Any:
+    """Tell the policy that `key` lost its slot for another reason than to make room."""
+    policy, told, members = state
+    remove(members, key, pool)
     policy.on_evict(key, pool, now)
     return 0
 
 
-_scoring_event, _scoring_admit, _scoring_evicted = map(entry, (scoring_event, scoring_admit, scoring_evicted))
+_event, _admit, _evicted = entry(event), entry(admit), entry(evicted)
 
 
-def _bind_scoring(state: Any, memory: Any, size: Any, table: Any) -> Any:
+def _bind_eviction(state: Any, memory: Any, size: Any, table: Any) -> Any:
     if size < size_of(state):
         return False
     store(memory, state)
-    table[EVENT], table[ADMIT] = _scoring_event(state), _scoring_admit(state)
-    table[EVICTED] = _scoring_evicted(state)
+    table[EVENT], table[ADMIT], table[EVICTED] = _event(state), _admit(state), _evicted(state)
     return True
 
 
 # ---- entries of predictors and prefetch rules ---------------------------------------------------------------------
 
 
-def observe(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Let the predictor learn from the running event."""
-    policy, told, observed = state
-    now, layer, start, stop = told.seen
-    policy.observe(
-        Seen(
-            now,
-            layer,
-            observed.experts[start:stop, layer],
-            observed.weights[start:stop, layer],
-            observed.request[start:stop],
-            observed.lookahead_experts[start:stop, layer],
-            observed.lookahead_scores[start:stop, layer],
-            observed.router_logits[start:stop, layer],
-        )
-    )
-    return 0
-
-
-def predict(state: Any, ahead: Any, most: Any, c: Any, d: Any) -> Any:
-    """Let the predictor write up to `most` experts expected `ahead` layers later; return how many."""
-    policy, told, observed = state
-    now, layer, start, stop = told.seen
-    seen = Seen(
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
+def _seen(told: Any, observed: Any) -> Any:
+    """Return the running event as a predictor sees it."""
+    now, layer, start, stop = told.seen[0], told.seen[1], told.seen[2], told.seen[3]
+    return Seen(
         now,
         layer,
         observed.experts[start:stop, layer],
@@ -283,7 +219,19 @@ def predict(state: Any, ahead: Any, most: Any, c: Any, d: Any) -> Any:
         observed.lookahead_scores[start:stop, layer],
         observed.router_logits[start:stop, layer],
     )
-    return policy.predict(seen, ahead, told.ids[:most], told.scores[:most])
+
+
+def observe(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Let the predictor learn from the running event."""
+    policy, told, observed = state
+    policy.observe(_seen(told, observed))
+    return 0
+
+
+def predict(state: Any, ahead: Any, most: Any, c: Any, d: Any) -> Any:
+    """Let the predictor write up to `most` experts expected `ahead` layers later; return how many."""
+    policy, told, observed = state
+    return policy.predict(_seen(told, observed), ahead, told.ids[:most], told.scores[:most])
 
 
 _observe, _predict = entry(observe), entry(predict)

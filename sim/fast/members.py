@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from policies.contract import Setting
+from sim.fast.native import overloaded
 
 BLOCK = 16
 """Residents of a block."""
@@ -46,8 +47,10 @@ class Members(NamedTuple):
     """[1] that count as of the last look."""
 
 
-def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members:
-    """Return empty pools for a policy that scores; `extra` residents may overflow each pool."""
+def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members | None:
+    """Return empty pools for a policy that scores, or None for one that chooses; `extra` residents may overflow a pool."""
+    if hasattr(policy, "victim"):
+        return None
     places = -(-(setting.capacity + extra) // BLOCK) * BLOCK
     first = np.concatenate([[0], np.cumsum(places)])
     return Members(
@@ -65,9 +68,37 @@ def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members:
     )
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def insert(members: Any, key: Any, pool: Any) -> None:
+@overloaded
+def victim(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: Any) -> Any:
+    """Return who leaves `pool` of those held below `limit`, or -1: whom the policy chooses, or who scores lowest."""
+    if isinstance(members, types.NoneType):
+        return lambda policy, members, holds, pool, limit, now: policy.victim(pool, holds, limit, now)
+    return _lowest
+
+
+@overloaded
+def insert(members: Any, key: Any, pool: Any) -> Any:
     """Add `key` to the residents of `pool`."""
+    return _nothing if isinstance(members, types.NoneType) else _insert
+
+
+@overloaded
+def remove(members: Any, key: Any, pool: Any) -> Any:
+    """Take `key` out of the residents of `pool`."""
+    return _nothing if isinstance(members, types.NoneType) else _remove
+
+
+@overloaded
+def touch(members: Any, key: Any, pool: Any) -> Any:
+    """Note that the policy was told of a resident of `pool`."""
+    return _nothing if isinstance(members, types.NoneType) else _touch
+
+
+def _nothing(members: Any, key: Any, pool: Any) -> None:
+    """Policies that choose their victims need no list of residents."""
+
+
+def _insert(members: Any, key: Any, pool: Any) -> None:
     place = members.first[pool] + members.count[pool]
     members.keys[place] = key
     members.place[key] = place
@@ -77,9 +108,7 @@ def insert(members: Any, key: Any, pool: Any) -> None:
     members.stale[place // BLOCK] = True
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def remove(members: Any, key: Any, pool: Any) -> None:
-    """Take `key` out; the last of the pool moves to its place."""
+def _remove(members: Any, key: Any, pool: Any) -> None:
     members.count[pool] -= 1
     last = members.first[pool] + members.count[pool]
     place = members.place[key]
@@ -91,15 +120,11 @@ def remove(members: Any, key: Any, pool: Any) -> None:
     members.stale[last // BLOCK] = True
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def touch(members: Any, key: Any) -> None:
-    """Note that the policy was told of a resident."""
+def _touch(members: Any, key: Any, pool: Any) -> None:
     members.stale[members.place[key] // BLOCK] = True
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: Any) -> Any:
-    """Return the resident of `pool` with the lowest score among those held below `limit`, or -1."""
+def _lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: Any) -> Any:
     start = members.first[pool]
     stop = start + members.count[pool]
     anew = not members.steady

@@ -39,6 +39,9 @@ _INT64 = ir.IntType(64)
 
 # ---- policies made known to numba --------------------------------------------------------------------------------
 
+not_compiled: set[type] = set()
+"""Classes that numba was tried on in vain; a second try would take as long as the first."""
+
 _INLINED = {"forceinline": True}
 
 _known: set[Any] = set()
@@ -62,6 +65,12 @@ def make_known(cls: type) -> frozenset[Path]:
         _known.add(function)
         overload(function, strict=False, jit_options=_INLINED)(_always(_bare(function)))
     return frozenset(Path(function.__code__.co_filename) for function in reached)
+
+
+def overloaded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let compiled code call `function`, which is given types and returns the implementation for them."""
+    overload(function, strict=False, jit_options=_INLINED)(function)
+    return function
 
 
 class _Optional:
@@ -236,6 +245,11 @@ def call(typing_context: Any, address: Any, state: Any, a: Any, b: Any, c: Any, 
         return builder.call(builder.inttoptr(arguments[0], callee), arguments[1:])
 
     return types.int64(*[types.int64] * (2 + PARAMETERS)), generate
+
+
+def run_entry(address: Any, state: Any) -> Any:
+    """Call an entry that needs no numbers."""
+    return call(address, state, 0, 0, 0, 0)
 
 
 def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
