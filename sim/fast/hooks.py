@@ -37,7 +37,7 @@ class Told(NamedTuple):
     """What the loop writes for policies to read: memory that they share, so that a call carries four numbers only."""
 
     holds: Any
-    """[keys] int8: how firmly every key is held."""
+    """[keys] int8: how firmly every key is held; a column of `sim.fast.state.EXPERT`."""
     hits: Any
     """[E] int32: keys of the running event that were there."""
     misses: Any
@@ -50,10 +50,10 @@ class Told(NamedTuple):
     """[E]"""
 
 
-def make_told(setting: Setting) -> Told:
+def make_told(setting: Setting, holds: Any) -> Told:
     """Return the shared memory of one run."""
     return Told(
-        holds=np.zeros(setting.keys, np.int8),
+        holds=holds,
         hits=np.zeros(setting.experts, np.int32),
         misses=np.zeros(setting.experts, np.int32),
         seen=np.zeros(4, np.int64),

@@ -25,8 +25,6 @@ from sim.fast.state import (
     cell,
     coming,
     expert_of,
-    held,
-    hold,
     number,
     place,
     pool_of,
@@ -41,7 +39,7 @@ NOTHING = -1
 ONLY_SERVE = -1
 """A moment before all others: the link starts what it can, and no time passes."""
 
-END, END_TRAIN, GIVE_WAY = range(3)
+END, GIVE_WAY = range(2)
 """What the link's alarm means."""
 
 BY_EXCEPTION, BY_VICTIM, BY_PREDICTION, BY_HOLDING = 1, 2, 3, 4
@@ -93,39 +91,35 @@ def _serve_event(run: Any, gate_end: Any) -> None:
     if run.release_ns != NEVER:
         _end_event(run)
     run.now += 1
+    run.first_key = run.layer * run.experts
     run.row = 0 if run.row == run.depth else run.row + 1
     start = number(run.offsets_at, run.now - run.first_event, INT64)
     stop = number(run.offsets_at, run.now - run.first_event + 1, INT64)
-    pool = expert_of(run, run.layer * run.experts).pool
+    pool = expert_of(run, run.first_key).pool
     hits, awaited, absent, present_ns = _judge(run, start, stop, pool)
     _drop_stale_prefetches(run)
 
     # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
     slots = pool_of(run, pool).capacity
     wave, next_wave = 0, min(absent, slots - hits)
+    if next_wave < absent:
+        _hold_wave(run, hits, wave, next_wave)
     run.host_idle += run.host - gate_end
-    _begin_wave(run, hits, awaited, wave, next_wave)
+    run.compute = run.host + present_ns
+    _begin_wave(run, awaited, wave, next_wave)
     if run.depth:
         _predict(run)
-    compute = run.host + present_ns
-    while True:
-        _let_link_act(run, ONLY_SERVE)
-        for index in range(run.arrivals):
-            landed = place(run, index).arrival_ns
-            if landed > compute:
-                run.waited += landed - compute
-                compute = landed
-            compute += place(run, expert_of(run, place(run, index).arrival).number).takes
-        if next_wave >= absent or run.broken:
-            break
-        _let_link_act(run, max(compute, run.time))
+    _let_link_act(run, ONLY_SERVE)
+    while next_wave < absent and not run.broken:
+        _let_link_act(run, max(run.compute, run.time))
         _release(run)
         wave, next_wave = next_wave, min(absent, next_wave + slots)
-        _begin_wave(run, 0, 0, wave, next_wave)
-    run.release_ns = compute
-    run.compute = compute
+        _hold_wave(run, 0, wave, next_wave)
+        _begin_wave(run, 0, wave, next_wave)
+        _let_link_act(run, ONLY_SERVE)
+    run.release_ns = run.compute
     if run.reupload_after_use:
-        _let_link_act(run, max(compute, run.time))
+        _let_link_act(run, max(run.compute, run.time))
         if run.release_ns != NEVER:
             _end_event(run)
         for index in range(start, stop):
@@ -141,13 +135,17 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
 
     Return how many there are of each, and the compute time of those that need not be waited for.
     """
+    first_key = run.first_key
+    run.held = stop - start
     hits = awaited = absent = hits_ns = awaited_ns = total_ns = 0
     for index in range(start, stop):
         key = number(run.keys_at, index, INT32)
         takes = number(run.expert_ns_at, number(run.tokens_at, index, INT32), INT64)
         expert = expert_of(run, key)
         expert.needed = run.now
-        place(run, expert.number).takes = takes
+        expert.hold = HELD  # until the event ends; for those that have no slot it means nothing
+        place(run, key - first_key).takes = takes
+        place(run, index - start).held = key
         # Both lists are written and one of them grows: nobody, no processor either, foresees which.
         put(run.hits_at, hits, key, INT32)
         put(run.misses_at, absent, key, INT32)
@@ -185,7 +183,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     if this.predicted >= 0:
         run.predicted += this.predicted
         for index in range(start, stop):
-            run.predicted_and_needed += cell(run, 0, expert_of(run, number(run.keys_at, index, INT32)).number).predicted
+            run.predicted_and_needed += cell(run, 0, number(run.keys_at, index, INT32) - first_key).predicted
         run.needed_after_prediction += stop - start
         for index in range(this.predicted):
             cell(run, 0, cell(run, 0, index).choice).predicted = False
@@ -194,23 +192,18 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _begin_wave(run: Any, hits: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
-    """Hold what the wave needs and ask the link for what it lacks: what is partly here first, then in routed order."""
-    run.arrivals = 0
-    run.held_hits, run.held_from, run.held_to = hits, wave, next_wave
-    for index in range(hits):
-        hold(run, number(run.hits_at, index, INT32), HELD)
+def _begin_wave(run: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
+    """Ask the link for what the wave lacks: what is partly here first, then in routed order."""
     for index in range(awaited):
         key = place(run, index).awaited
+        run.outstanding += 1
         if not expert_of(run, key).demand:
             _promote(run, key)
-    run.outstanding += awaited
     for index in range(wave, next_wave):
         key = number(run.misses_at, index, INT32)
-        hold(run, key, HELD)
         expert = expert_of(run, key)
         if expert.resident and expert.transfer == NONE:  # a prefetch for the next step brought it during earlier waves
-            _note_arrival(run, run.time, key)
+            _compute_when_landed(run, run.time, key)
             continue
         run.outstanding += 1
         if expert.transfer != NONE:
@@ -223,19 +216,31 @@ def _begin_wave(run: Any, hits: Any, awaited: Any, wave: Any, next_wave: Any) ->
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _release(run: Any) -> None:
-    """Let go of what the event, or its last wave, holds."""
-    for index in range(run.held_hits):
-        hold(run, number(run.hits_at, index, INT32), FREE)
-    for index in range(run.held_from, run.held_to):
-        hold(run, number(run.misses_at, index, INT32), FREE)
+def _hold_wave(run: Any, hits: Any, wave: Any, next_wave: Any) -> None:
+    """Hold only what one of several waves needs."""
+    run.held = hits + next_wave - wave
+    for index in range(hits):
+        place(run, index).held = number(run.hits_at, index, INT32)
+    for index in range(wave, next_wave):
+        key = number(run.misses_at, index, INT32)
+        place(run, hits + index - wave).held = key
+        expert_of(run, key).hold = HELD
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _note_arrival(run: Any, ns: Any, key: Any) -> None:
-    place(run, run.arrivals).arrival = key
-    place(run, run.arrivals).arrival_ns = ns
-    run.arrivals += 1
+def _release(run: Any) -> None:
+    """Let go of what the event, or its last wave, holds."""
+    for index in range(run.held):
+        expert_of(run, place(run, index).held).hold = FREE
+
+
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
+def _compute_when_landed(run: Any, landed: Any, key: Any) -> None:
+    """Let the compute stream wait for an expert of the running event, and compute it."""
+    if landed > run.compute:
+        run.waited += landed - run.compute
+        run.compute = landed
+    run.compute += place(run, key - run.first_key).takes
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
@@ -260,9 +265,9 @@ def _end_event(run: Any) -> None:
     for index in range(coming(run, 0).prefetched):
         key = cell(run, 0, index).prefetched
         expert = expert_of(run, key)
-        cell(run, 0, expert.number).listed = False
+        cell(run, 0, key - run.first_key).listed = False
         if expert.unused == run.now and expert.transfer == NONE:
-            hold(run, key, FREE)
+            expert_of(run, key).hold = FREE
             if run.drop_unused_prefetches:
                 _evict(run, key, ns)
     coming(run, 0).prefetched = 0
@@ -331,7 +336,7 @@ def _start_transfer(
     """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
     expert = expert_of(run, key)
     if expert.refresh:
-        hold(run, key, HELD)
+        expert_of(run, key).hold = HELD
         _note(run, ns, REFRESH, key)
         return True
     if not _take_slot(run, key, ns):
@@ -339,7 +344,7 @@ def _start_transfer(
         expert.transfer = NONE
         _note(run, ns, CANCEL, key)
         return False
-    hold(run, key, HELD)
+    expert_of(run, key).hold = HELD
     expert.resident = True
     pool_of(run, expert.pool).taken += 1
     run.taken += 1
@@ -351,8 +356,9 @@ def _start_transfer(
         run.prefetches += 1
         expert.unused = expert.target
         ahead = expert.target - run.now
-        if not cell(run, ahead, expert.number).listed:
-            cell(run, ahead, expert.number).listed = True
+        index = key % run.experts
+        if not cell(run, ahead, index).listed:
+            cell(run, ahead, index).listed = True
             event = coming(run, ahead)
             cell(run, ahead, event.prefetched).prefetched = key
             event.prefetched += 1
@@ -394,7 +400,7 @@ def _take_slot(
     if leaving == FAILED:
         run.broken = BY_EXCEPTION
     elif limit != ROOM:
-        if leaving < 0 or leaving >= run.keys or not expert_of(run, leaving).resident or held(run, leaving) >= limit:
+        if leaving < 0 or leaving >= run.keys or not expert_of(run, leaving).resident or expert_of(run, leaving).hold >= limit:
             run.broken = BY_VICTIM
             run.broken_by = leaving
         else:
@@ -454,31 +460,53 @@ def _let_link_act(run: Any, until: Any) -> None:
         _ask_to_give_way(run, expert_of(run, run.moving))
     while not run.broken:
         if run.moving == NOTHING:
-            _serve(run)
+            if run.demands:
+                _serve_demands(run)
+                until = max(until, run.time)  # what else happens at this instant comes before the host goes on
+            _serve_prefetch(run)
         if run.moving == NOTHING or (run.alarm_ns > until and run.outstanding == 0):
             break
         run.time = run.alarm_ns
         if run.outstanding:
-            until = run.time  # what else happens at this instant comes before the host goes on
+            until = run.time
         moving = expert_of(run, run.moving)
-        if run.alarm == END_TRAIN:
-            _end_train(run)
-        elif run.alarm == END:
+        if run.alarm == GIVE_WAY:
+            _give_way(run, moving)
+        else:
             run.busy_ns += run.time - run.moving_since
             key = run.moving
             run.moving = NOTHING
             _land(run, key, run.time)
-        else:
-            _give_way(run, moving)
     run.time = max(run.time, until)
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _serve(run: Any) -> None:
-    """Start what comes next: all demands in a row, or the first prefetch that gets a slot."""
-    if run.demands:
-        _serve_demands(run)
-        return
+def _serve_demands(run: Any) -> None:
+    """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
+    ns = run.time
+    for index in range(run.demands):
+        key = place(run, index).demand
+        expert = expert_of(run, key)
+        if expert.transfer != STARTED:
+            _start_transfer(run, key, ns)
+        ns += (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+        expert.transfer = NONE
+        if expert.refresh:
+            run.refresh_bytes += run.expert_bytes
+        _compute_when_landed(run, ns, key)
+        place(run, index).landed_ns = ns
+    if run.logging:
+        for index in range(run.demands):
+            _note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
+    run.outstanding -= run.demands
+    run.demands = 0
+    run.busy_ns += ns - run.time
+    run.time = ns
+
+
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
+def _serve_prefetch(run: Any) -> None:
+    """Start the first prefetch that gets a slot."""
     while run.oldest != NOTHING and not run.broken:
         key = run.oldest
         expert = expert_of(run, key)
@@ -490,37 +518,6 @@ def _serve(run: Any) -> None:
             run.alarm = END
             run.alarm_ns = run.time + (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
             return
-
-
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _serve_demands(run: Any) -> None:
-    """Serve the waiting demands as one train."""
-    ns = run.time
-    for index in range(run.demands):
-        key = place(run, index).demand
-        expert = expert_of(run, key)
-        if expert.transfer != STARTED:
-            _start_transfer(run, key, ns)
-            expert.transfer = STARTED
-        ns += (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
-        place(run, index).train = key
-        place(run, index).train_ns = ns
-        run.moving = key
-    run.train = run.demands
-    run.demands = 0
-    run.moving_since = run.time
-    run.alarm = END_TRAIN
-    run.alarm_ns = ns
-
-
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _end_train(run: Any) -> None:
-    """Hand over the demands of a train."""
-    run.busy_ns += run.time - run.moving_since
-    run.moving = NOTHING
-    for index in range(run.train):
-        _land(run, place(run, index).train, place(run, index).train_ns)
-    run.train = 0
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
@@ -569,14 +566,14 @@ def _land(run: Any, key: Any, ns: Any) -> None:
     if expert.refresh:
         run.refresh_bytes += run.expert_bytes
     if expert.demand:
-        _note_arrival(run, ns, key)
+        _compute_when_landed(run, ns, key)
         run.outstanding -= 1
     elif expert.refresh or expert.target <= run.now:
-        hold(run, key, FREE)
+        expert_of(run, key).hold = FREE
         if run.drop_unused_prefetches and not expert.refresh:
             _evict(run, key, ns)
     else:
-        hold(run, key, AWAITED)
+        expert_of(run, key).hold = AWAITED
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]

@@ -58,12 +58,12 @@ class _FastRun:
         self.system, self.workload, self.costs, self.log = system, workload, costs, log
         self.steps = make_steps(workload, costs)
         self.tables = make_tables(system, logging=log is not None)
-        self.told = make_told(system.setting)
+        self.told = make_told(system.setting, self.tables["experts_at"]["hold"])
         self.hooks = Hooks(system, self.told, interpret=interpret)
         self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers)
         self.run["logging"], self.run["log_room"] = log is not None, len(self.tables["log_at"])
         self._point_to(self.tables)
-        self._point_to({f"{name}_at": getattr(self.told, name) for name in ("holds", "hits", "misses", "seen", "ids")})
+        self._point_to({f"{name}_at": getattr(self.told, name) for name in ("hits", "misses", "seen", "ids")})
         self._point_to({"expert_ns_at": costs.expert_ns})
 
     def result(self) -> Run:
@@ -199,7 +199,6 @@ def make_tables(system: System, logging: bool) -> dict[str, Any]:
     experts = np.zeros(setting.keys, EXPERT)
     experts["unused"] = experts["needed"] = NOTHING
     experts["pool"] = np.repeat(setting.pool_of, setting.experts)
-    experts["number"] = np.tile(np.arange(setting.experts), setting.layers)
     pools = np.zeros(setting.pools, POOL)
     pools["capacity"] = setting.capacity
     coming = np.zeros(rows, COMING)

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
+INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 RUN = np.dtype(
     [
@@ -24,13 +24,13 @@ RUN = np.dtype(
             *("chunks", "chunk_ns", "last_chunk_ns", "expert_bytes", "chunk_bytes"),
             # shape and system
             *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
-            # clocks; `row` is the running event's in COMING
-            *("time", "host", "compute", "now", "layer", "step", "row"),
-            # the running event: when it ends (NEVER before that is known and after it has), what of its hits and misses is
-            # held, what it waits for
-            *("release_ns", "held_hits", "held_from", "held_to", "arrivals", "outstanding"),
+            # clocks; `row` is the running event's in COMING, `first_key` its layer's
+            *("time", "host", "compute", "now", "layer", "step", "row", "first_key"),
+            # the running event: when it ends (NEVER before that is known and after it has), how many experts it holds
+            # and waits for
+            *("release_ns", "held", "outstanding"),
             # link: the expert on it, the alarm that ends its turn, lengths of its lists, ends of the queue of prefetches
-            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "train", "oldest", "newest", "busy_ns"),
+            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "oldest", "newest", "busy_ns"),
             # counters of the run, and of the running step
             *("prefetches", "cancelled", "predicted", "predicted_and_needed", "needed_after_prediction"),
             *("taken", "peak_slots", "demand_bytes", "useful_bytes", "late_bytes", "wasted_bytes", "refresh_bytes"),
@@ -40,7 +40,7 @@ RUN = np.dtype(
             # addresses: tables of records
             *("experts_at", "pools_at", "places_at", "coming_at", "cells_at", "steps_at", "log_at"),
             # arrays that policies see (sim.fast.hooks.Told)
-            *("holds_at", "hits_at", "misses_at", "seen_at", "ids_at"),
+            *("hits_at", "misses_at", "seen_at", "ids_at"),
             # events of the present part of the trace
             *("first_event", "first_step", "offsets_at", "keys_at", "tokens_at", "expert_ns_at"),
             # entries of the policies and their states (sim.fast.hooks)
@@ -64,15 +64,15 @@ EXPERT = np.dtype(
         ("newer", np.int32),
         ("chunks_left", np.int32),
         ("pool", np.int16),
-        ("number", np.int16),  # among the experts of its layer
         ("resident", np.bool_),  # holds a slot
         ("transfer", np.int8),  # NONE, QUEUED or STARTED
         ("demand", np.bool_),  # an event waits for the transfer
         ("refresh", np.bool_),  # the transfer renews a resident
+        ("hold", np.int8),  # how firmly the expert is held: policies.residency
     ],
     align=True,
 )
-"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. Half a cache line."""
+"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. Few bytes: this is the hot memory."""
 
 POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
 """[pools]"""
@@ -80,16 +80,14 @@ POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
 PLACE = np.dtype(
     [
         ("takes", np.int64),  # compute time, in the running event, of the expert of this number, ns
-        ("train_ns", np.int64),
-        ("arrival_ns", np.int64),
+        ("landed_ns", np.int64),
+        ("held", np.int32),
         ("awaited", np.int32),
         ("demand", np.int32),
-        ("train", np.int32),
-        ("arrival", np.int32),
     ],
     align=True,
 )
-"""[experts] entry i of each list of keys: those in flight that an event needs, demands, train and arrivals."""
+"""[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed)."""
 
 COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64)])
 """[depth + 1] of a coming event: how many experts were predicted (-1: no prediction), and how many took a slot for it."""
@@ -199,15 +197,3 @@ def _row(run: Any, ahead: Any) -> Any:
 def step_of(run: Any) -> Any:
     """Return the record of the running step."""
     return record(run.steps_at, run.step - run.first_step, STEP)
-
-
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def hold(run: Any, key: Any, how: Any) -> None:
-    """Hold an expert as firmly as `how` says."""
-    put(run.holds_at, key, how, INT8)
-
-
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def held(run: Any, key: Any) -> Any:
-    """Return how firmly an expert is held."""
-    return number(run.holds_at, key, INT8)
