@@ -16,10 +16,12 @@ from policies.residency import AWAITED, FREE, HELD
 from sim.fast.hooks import REFUSED, ROOM
 from sim.fast.native import FAILED, call
 from sim.fast.state import (
+    EXPERT,
     INT32,
     INT64,
     LOG,
     NONE,
+    PLACE,
     QUEUED,
     STARTED,
     cell,
@@ -135,20 +137,23 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
 
     Return how many there are of each, and the compute time of those that need not be waited for.
     """
-    first_key = run.first_key
+    now, first_key = run.now, run.first_key
+    # In local variables, because a compiler must assume that writing any table changes them.
+    keys_at, tokens_at, expert_ns_at = run.keys_at, run.tokens_at, run.expert_ns_at
+    experts_at, places_at, hits_at, misses_at = run.experts_at, run.places_at, run.hits_at, run.misses_at
     run.held = stop - start
     hits = awaited = absent = hits_ns = awaited_ns = total_ns = 0
     for index in range(start, stop):
-        key = number(run.keys_at, index, INT32)
-        takes = number(run.expert_ns_at, number(run.tokens_at, index, INT32), INT64)
-        expert = expert_of(run, key)
-        expert.needed = run.now
+        key = number(keys_at, index, INT32)
+        takes = number(expert_ns_at, number(tokens_at, index, INT32), INT64)
+        expert = record(experts_at, key, EXPERT)
+        expert.needed = now
         expert.hold = HELD  # until the event ends; for those that have no slot it means nothing
-        place(run, key - first_key).takes = takes
-        place(run, index - start).held = key
+        record(places_at, key - first_key, PLACE).takes = takes
+        record(places_at, index - start, PLACE).held = key
         # Both lists are written and one of them grows: nobody, no processor either, foresees which.
-        put(run.hits_at, hits, key, INT32)
-        put(run.misses_at, absent, key, INT32)
+        put(hits_at, hits, key, INT32)
+        put(misses_at, absent, key, INT32)
         resident = int(expert.resident)
         hits += resident
         absent += 1 - resident
@@ -182,11 +187,11 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     this = coming(run, 0)
     if this.predicted >= 0:
         run.predicted += this.predicted
-        for index in range(start, stop):
-            run.predicted_and_needed += cell(run, 0, number(run.keys_at, index, INT32) - first_key).predicted
         run.needed_after_prediction += stop - start
         for index in range(this.predicted):
-            cell(run, 0, cell(run, 0, index).choice).predicted = False
+            chosen = cell(this, index).choice
+            cell(this, chosen).predicted = False
+            run.predicted_and_needed += expert_of(run, first_key + chosen).needed == run.now
         this.predicted = NOTHING
     return hits, awaited, absent, hits_ns - awaited_ns
 
@@ -230,8 +235,9 @@ def _hold_wave(run: Any, hits: Any, wave: Any, next_wave: Any) -> None:
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _release(run: Any) -> None:
     """Let go of what the event, or its last wave, holds."""
+    experts_at, places_at = run.experts_at, run.places_at
     for index in range(run.held):
-        expert_of(run, place(run, index).held).hold = FREE
+        record(experts_at, record(places_at, index, PLACE).held, EXPERT).hold = FREE
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
@@ -262,15 +268,16 @@ def _end_event(run: Any) -> None:
     ns = run.release_ns
     run.release_ns = NEVER
     _release(run)
-    for index in range(coming(run, 0).prefetched):
-        key = cell(run, 0, index).prefetched
+    this = coming(run, 0)
+    for index in range(this.prefetched):
+        key = cell(this, index).prefetched
         expert = expert_of(run, key)
-        cell(run, 0, key - run.first_key).listed = False
+        cell(this, key - run.first_key).listed = False
         if expert.unused == run.now and expert.transfer == NONE:
             expert_of(run, key).hold = FREE
             if run.drop_unused_prefetches:
                 _evict(run, key, ns)
-    coming(run, 0).prefetched = 0
+    this.prefetched = 0
     _note(run, ns, ENDS, NOTHING)
 
 
@@ -306,8 +313,12 @@ def _predict(run: Any) -> None:
             return
         if count == 0:
             continue
-        first_key = ((run.layer + ahead) % run.layers) * run.experts
+        layer = run.layer + ahead
+        while layer >= run.layers:
+            layer -= run.layers
+        first_key = layer * run.experts
         event = coming(run, ahead)
+        event.first_key = first_key
         event.predicted = max(event.predicted, 0)
         for index in range(taken):
             chosen = number(run.ids_at, index, INT64)
@@ -315,9 +326,9 @@ def _predict(run: Any) -> None:
                 run.broken = BY_PREDICTION
                 run.broken_by = chosen
                 return
-            if not cell(run, ahead, chosen).predicted:
-                cell(run, ahead, chosen).predicted = True
-                cell(run, ahead, event.predicted).choice = chosen
+            if not cell(event, chosen).predicted:
+                cell(event, chosen).predicted = True
+                cell(event, event.predicted).choice = chosen
                 event.predicted += 1
             expert = expert_of(run, first_key + chosen)
             if not expert.resident and expert.transfer == NONE:
@@ -355,12 +366,11 @@ def _start_transfer(
     else:
         run.prefetches += 1
         expert.unused = expert.target
-        ahead = expert.target - run.now
-        index = key % run.experts
-        if not cell(run, ahead, index).listed:
-            cell(run, ahead, index).listed = True
-            event = coming(run, ahead)
-            cell(run, ahead, event.prefetched).prefetched = key
+        event = coming(run, expert.target - run.now)
+        expected = cell(event, key - event.first_key)
+        if not expected.listed:
+            expected.listed = True
+            cell(event, event.prefetched).prefetched = key
             event.prefetched += 1
         _note(run, ns, PREFETCHES, key)
     return True
@@ -523,7 +533,7 @@ def _serve_prefetch(run: Any) -> None:
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _ask_to_give_way(run: Any, moving: Any) -> None:
     """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
-    if run.chunk_ns == 0:
+    if run.chunk_ns == 0 or moving.chunks_left == 1:
         return
     elapsed = run.time - run.moving_since
     chunks = max(1, -(-elapsed // run.chunk_ns))

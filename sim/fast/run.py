@@ -16,12 +16,12 @@ from sim.fast import kernel
 from sim.fast.hooks import PLACES, Hooks, Observed, make_told
 from sim.fast.kernel import EVENTS, NOTHING, run_part
 from sim.fast.native import compiled
-from sim.fast.unions import widen
+from sim.fast.unions import widen_halves
 from sim.fast.state import CELL, COMING, EXPERT, LOG, PLACE, POOL, RUN, STEP
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
-PART = 1 << 17
+PART = 1 << 15
 """Routed tokens times layers of one part of a run: what is copied of a trace at a time."""
 
 LOG_ROOM = 1 << 16
@@ -65,6 +65,7 @@ class _FastRun:
         self._point_to(self.tables)
         self._point_to({f"{name}_at": getattr(self.told, name) for name in ("hits", "misses", "seen", "ids")})
         self._point_to({"expert_ns_at": costs.expert_ns})
+        self._buffers: dict[str, Any] = {}
 
     def result(self) -> Run:
         """Run all parts and gather the counters; prefetches that nothing used by the end were wasted."""
@@ -88,12 +89,17 @@ class _FastRun:
         )
 
     def _parts(self) -> Iterator[tuple[int, int]]:
-        """Give first and last step of every part."""
+        """Give first and last step of every part: up to PART, or as far as its rows follow one another in the trace."""
         offsets, steps = self.workload.offsets, len(self.steps)
-        rows = max(PART // self.system.setting.layers, 1)
+        most = max(PART // self.system.setting.layers, 1)
+        jumps = np.flatnonzero(np.diff(self.workload.rows) != 1) + 1
         first = 0
         while first < steps:
-            last = int(np.searchsorted(offsets, offsets[first] + rows, side="right")) - 1
+            last = int(np.searchsorted(offsets, offsets[first] + most, side="right")) - 1
+            jump = np.searchsorted(jumps, offsets[first], side="right")
+            until = int(np.searchsorted(offsets, jumps[jump])) if jump < len(jumps) else steps
+            if offsets[min(until, steps)] - offsets[first] > most // 8:  # else copying costs less than many small parts
+                last = min(last, until)
             last = min(max(last, first + 1), steps)
             yield first, last
             first = last
@@ -122,6 +128,8 @@ class _FastRun:
     def _point_to(self, arrays: dict[str, Any]) -> None:
         """Write the addresses of `arrays`, by field, into the record of the run, and keep them alive."""
         for name, array in arrays.items():
+            if name not in (RUN.names or ()):
+                continue
             assert array.flags.c_contiguous, name
             self.run[name] = array.ctypes.data
         self._alive = {**getattr(self, "_alive", {}), **arrays}
@@ -130,20 +138,23 @@ class _FastRun:
         """Return what predictors see of some rows of the trace."""
         trace, needs = self.workload.trace, self.system.composition.needs
         layers = self.system.setting.layers
-        nothing = np.zeros((0, layers, 0, 0), np.float32)
-        lookahead_experts, lookahead_scores = nothing.astype(np.int8), nothing
-        if "lookahead" in needs:
-            assert trace.lookahead_experts is not None
-            assert trace.lookahead_scores is not None
-            lookahead_experts = trace.lookahead_experts[rows]
-            lookahead_scores = widened(trace.lookahead_scores[rows])
-        router_logits = np.zeros((0, layers, 0), np.float32)
-        if "logits" in needs:
-            assert trace.router_logits is not None
-            router_logits = widened(trace.router_logits[rows])
-        weights = widened(trace.weights[rows])
-        request = trace.request[rows].astype(np.int64)
-        return Observed(trace.experts[rows], weights, request, lookahead_experts, lookahead_scores, router_logits)
+        ranked, logits = np.zeros((0, layers, 0, 0), np.int8), np.zeros((0, layers, 0), np.float32)
+        return Observed(
+            experts=trace.experts[rows],
+            weights=self._wide("weights", trace.weights[rows]),
+            request=trace.request[rows].astype(np.int64),
+            lookahead_experts=trace.lookahead_experts[rows] if "lookahead" in needs else ranked,
+            lookahead_scores=self._wide("scores", trace.lookahead_scores[rows] if "lookahead" in needs else ranked),
+            router_logits=self._wide("logits", trace.router_logits[rows]) if "logits" in needs else logits,
+        )
+
+    def _wide(self, name: str, values: Any) -> Any:
+        """Return `values` as float32 in memory that the next part uses again."""
+        if values.size > self._buffers.get(name, np.zeros(0)).size:
+            self._buffers[name] = np.empty(values.size, np.float32)
+        wide = self._buffers[name][: values.size] if values.size else np.zeros(0, np.float32)
+        widen(values, wide)
+        return wide.reshape(values.shape)
 
     def _keep_log(self) -> None:
         """Move what the loop logged to the caller's list."""
@@ -203,12 +214,14 @@ def make_tables(system: System, logging: bool) -> dict[str, Any]:
     pools["capacity"] = setting.capacity
     coming = np.zeros(rows, COMING)
     coming["predicted"] = NOTHING
+    cells = np.zeros((rows, setting.experts), CELL)
+    coming["cells_at"] = cells.ctypes.data + np.arange(rows) * cells.strides[0]
     return {
+        "cells": cells,
         "experts_at": experts,
         "pools_at": pools,
         "places_at": np.zeros(setting.experts, PLACE),
         "coming_at": coming,
-        "cells_at": np.zeros(rows * setting.experts, CELL),
         "log_at": np.zeros(max(LOG_ROOM, 8 * setting.keys + 4 * setting.experts) if logging else 0, LOG),
     }
 
@@ -220,13 +233,13 @@ def make_steps(workload: Workload, costs: Costs) -> Any:
     return steps
 
 
-def widened(values: Any) -> Any:
-    """Return floats of any width as float32; half floats several times faster than NumPy does it."""
-    if values.dtype != np.float16:
-        return values.astype(np.float32)
-    wide = np.empty(values.shape, np.float32)
-    compiled(widen)(np.ascontiguousarray(values).view(np.uint16).ravel(), wide.view(np.uint32).ravel(), wide.ravel())
-    return wide
+def widen(values: Any, wide: Any) -> None:
+    """Write floats of any width to `wide` (float32, flat); half floats several times faster than NumPy does it."""
+    if values.dtype == np.float16:
+        halves = np.ascontiguousarray(values).view(np.uint16).ravel()
+        compiled(widen_halves)(halves, wide.view(np.uint32), wide)
+    else:
+        wide[:] = values.ravel()
 
 
 def _as_slice(rows: Any) -> Any:

@@ -38,7 +38,7 @@ RUN = np.dtype(
             # log: whether there is one, entries, and room for them; why the run stopped, and over which number
             *("logging", "logged", "log_room", "broken", "broken_by"),
             # addresses: tables of records
-            *("experts_at", "pools_at", "places_at", "coming_at", "cells_at", "steps_at", "log_at"),
+            *("experts_at", "pools_at", "places_at", "coming_at", "steps_at", "log_at"),
             # arrays that policies see (sim.fast.hooks.Told)
             *("hits_at", "misses_at", "seen_at", "ids_at"),
             # events of the present part of the trace
@@ -89,8 +89,9 @@ PLACE = np.dtype(
 )
 """[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed)."""
 
-COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64)])
-"""[depth + 1] of a coming event: how many experts were predicted (-1: no prediction), and how many took a slot for it."""
+COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64), ("first_key", np.int64), ("cells_at", np.int64)])
+"""[depth + 1] of a coming event: experts predicted (-1: no prediction), how many took a slot for it, its layer's first key,
+and the address of its row of CELL."""
 
 CELL = np.dtype(
     [
@@ -178,19 +179,14 @@ def place(run: Any, index: Any) -> Any:
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def coming(run: Any, ahead: Any) -> Any:
     """Return the record of the event `ahead` of the running one."""
-    return record(run.coming_at, _row(run, ahead), COMING)
-
-
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def cell(run: Any, ahead: Any, index: Any) -> Any:
-    """Return entry `index` of the lists, and of the experts, of the event `ahead` of the running one."""
-    return record(run.cells_at, _row(run, ahead) * run.experts + index, CELL)
-
-
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _row(run: Any, ahead: Any) -> Any:
     row = run.row + ahead
-    return row - run.depth - 1 if row > run.depth else row
+    return record(run.coming_at, row - run.depth - 1 if row > run.depth else row, COMING)
+
+
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
+def cell(event: Any, index: Any) -> Any:
+    """Return entry `index` of the lists, and of the experts, of a coming event."""
+    return record(event.cells_at, index, CELL)
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]

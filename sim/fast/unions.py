@@ -49,7 +49,7 @@ def next_uses(offsets: Any, keys: Any, key_count: int, never: int) -> Any:
     return following, coming
 
 
-def widen(halves: Any, bits: Any, floats: Any) -> None:
+def widen_halves(halves: Any, bits: Any, floats: Any) -> None:
     """Write half floats, given as their bits (uint16), to `floats` (float32), whose memory `bits` (uint32) shares."""
     for index in range(len(halves)):
         half = np.uint32(halves[index])
