@@ -30,6 +30,8 @@ class Transition(NamedTuple):
     that their rounding does not depend on how experts are numbered."""
     seen_at: Ints
     """[L, E] when each expert was routed last."""
+    expected: Floats
+    """[E] what a prediction adds up."""
 
     @classmethod
     def build(cls, setting: Setting, reach: int = 1) -> Transition:
@@ -43,6 +45,7 @@ class Transition(NamedTuple):
             share=np.zeros(shape),
             routed=np.full(shape, -1, np.int64),
             seen_at=np.zeros(shape, np.int64),
+            expected=np.zeros(setting.experts),
         )
 
     def observe(self, seen: Seen) -> None:  # noqa: D102
@@ -75,7 +78,8 @@ class Transition(NamedTuple):
         layer = seen.layer
         if ahead > len(self.pairs) or layer + ahead >= len(self.share):
             return 0
-        expected = np.zeros(self.share.shape[1])
+        expected = self.expected
+        expected[:] = 0.0
         for before in self.routed[layer]:
             if before < 0:
                 break

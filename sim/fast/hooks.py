@@ -160,7 +160,7 @@ def event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
     policy, told, members = state
     for index in range(hits):
         policy.on_hit(told.hits[index], pool, now)
-        touch(members, told.hits[index], pool)
+        touch(policy, members, told.hits[index], pool, now)
     for index in range(misses):
         policy.on_miss(told.misses[index], pool, now)
     return 0
@@ -176,17 +176,17 @@ def admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
             return REFUSED
         if leaving >= len(told.holds):
             return leaving  # no expert: the loop sees to it
-        remove(members, leaving, pool)
+        remove(policy, members, leaving, pool, now)
         policy.on_evict(leaving, pool, now)
-    insert(members, key, pool)
     policy.on_insert(key, pool, now)
+    insert(policy, members, key, pool, now)
     return leaving
 
 
 def evicted(state: Any, key: Any, pool: Any, now: Any, d: Any) -> Any:
     """Tell the policy that `key` lost its slot for another reason than to make room."""
     policy, told, members = state
-    remove(members, key, pool)
+    remove(policy, members, key, pool, now)
     policy.on_evict(key, pool, now)
     return 0
 

@@ -99,7 +99,6 @@ def _serve_event(run: Any, gate_end: Any) -> None:
     stop = number(run.offsets_at, run.now - run.first_event + 1, INT64)
     pool = expert_of(run, run.first_key).pool
     hits, awaited, absent, present_ns = _judge(run, start, stop, pool)
-    _drop_stale_prefetches(run)
 
     # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
     slots = pool_of(run, pool).capacity
@@ -188,11 +187,16 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     if this.predicted >= 0:
         run.predicted += this.predicted
         run.needed_after_prediction += stop - start
+        stale = False
         for index in range(this.predicted):
             chosen = cell(this, index).choice
             cell(this, chosen).predicted = False
-            run.predicted_and_needed += expert_of(run, first_key + chosen).needed == run.now
+            expert = expert_of(run, first_key + chosen)
+            run.predicted_and_needed += expert.needed == run.now
+            stale |= expert.needed != run.now and expert.transfer != NONE
         this.predicted = NOTHING
+        if stale:
+            _drop_stale_prefetches(run)
     return hits, awaited, absent, hits_ns - awaited_ns
 
 
@@ -251,7 +255,7 @@ def _compute_when_landed(run: Any, landed: Any, key: Any) -> None:
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _drop_stale_prefetches(run: Any) -> None:
-    """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
+    """Take out of the queue what was predicted for this event and is not needed."""
     key = run.oldest
     while key != NOTHING:
         expert = expert_of(run, key)
@@ -295,10 +299,10 @@ def _predict(run: Any) -> None:
     tokens = step.last_row - step.first_row
     if run.observe_entry and call(run.observe_entry, run.predictor_state, 0, 0, 0, 0) == FAILED:
         run.broken = BY_EXCEPTION
+    most = call(run.most_entry, run.prefetch_state, tokens, 0, 0, 0)
     for ahead in range(1, run.depth + 1):
         if run.now + ahead >= run.events:
             return
-        most = call(run.most_entry, run.prefetch_state, tokens, 0, 0, 0)
         count = call(run.predict_entry, run.predictor_state, ahead, min(most, run.experts), 0, 0) if most >= 0 else most
         if count > 0 and run.take_entry:
             taken = call(run.take_entry, run.prefetch_state, count, 0, 0, 0)
@@ -410,7 +414,12 @@ def _take_slot(
     if leaving == FAILED:
         run.broken = BY_EXCEPTION
     elif limit != ROOM:
-        if leaving < 0 or leaving >= run.keys or not expert_of(run, leaving).resident or expert_of(run, leaving).hold >= limit:
+        if (
+            leaving < 0
+            or leaving >= run.keys
+            or not expert_of(run, leaving).resident
+            or expert_of(run, leaving).hold >= limit
+        ):
             run.broken = BY_VICTIM
             run.broken_by = leaving
         else:

@@ -1,7 +1,7 @@
 """Who is resident, for policies that score: the lowest score leaves, of equals the one that took its slot first.
 
-Residents stand in blocks. Of each block the lowest is remembered until the policy is told of one of its members, so that a
-victim costs a look at every block and not at every resident. A policy that is not `steady` is looked at anew each time.
+Residents stand in blocks. The lowest score of each block is remembered, so that a victim costs a look at every block and not
+at every resident. A policy that is not `steady` (policies.contract) is looked at anew each time.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ class Members(NamedTuple):
     count: Any
     """[pools] residents of each pool."""
     best: Any
-    """[blocks] int32: the remembered key, -1 for a block without members."""
+    """[blocks] int32: the key with the lowest score of each block, -1 for a block without members."""
+    score: Any
+    """[blocks] its score."""
     stale: Any
-    """[blocks] bool: whether `best` must be found anew."""
+    """[blocks] bool: whether both must be found anew."""
     inserted: Any
     """[1] insertions so far."""
     steady: bool
@@ -53,14 +55,16 @@ def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members | Non
         return None
     places = -(-(setting.capacity + extra) // BLOCK) * BLOCK
     first = np.concatenate([[0], np.cumsum(places)])
+    blocks = first[-1] // BLOCK
     return Members(
         keys=np.zeros(first[-1], np.int32),
         place=np.full(setting.keys, -1, np.int32),
         came=np.zeros(setting.keys, np.int64),
         first=first[:-1],
         count=np.zeros(setting.pools, np.int64),
-        best=np.full(first[-1] // BLOCK, -1, np.int32),
-        stale=np.zeros(first[-1] // BLOCK, np.bool_),
+        best=np.full(blocks, -1, np.int32),
+        score=np.zeros(blocks, np.asarray(policy.score(0, 0)).dtype),
+        stale=np.zeros(blocks, np.bool_),
         inserted=np.zeros(1, np.int64),
         steady=hasattr(policy, "STEADY"),
         changed=getattr(policy, getattr(policy, "STEADY", ""), np.zeros(1, np.int64)),
@@ -77,38 +81,38 @@ def victim(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: An
 
 
 @overloaded
-def insert(members: Any, key: Any, pool: Any) -> Any:
-    """Add `key` to the residents of `pool`."""
+def insert(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> Any:
+    """Add `key`, of which the policy was told, to the residents of `pool`."""
     return _nothing if isinstance(members, types.NoneType) else _insert
 
 
 @overloaded
-def remove(members: Any, key: Any, pool: Any) -> Any:
+def remove(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> Any:
     """Take `key` out of the residents of `pool`."""
     return _nothing if isinstance(members, types.NoneType) else _remove
 
 
 @overloaded
-def touch(members: Any, key: Any, pool: Any) -> Any:
+def touch(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> Any:
     """Note that the policy was told of a resident of `pool`."""
     return _nothing if isinstance(members, types.NoneType) else _touch
 
 
-def _nothing(members: Any, key: Any, pool: Any) -> None:
+def _nothing(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> None:
     """Policies that choose their victims need no list of residents."""
 
 
-def _insert(members: Any, key: Any, pool: Any) -> None:
+def _insert(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> None:
     place = members.first[pool] + members.count[pool]
     members.keys[place] = key
     members.place[key] = place
     members.count[pool] += 1
     members.inserted[0] += 1
     members.came[key] = members.inserted[0]
-    members.stale[place // BLOCK] = True
+    touch(policy, members, key, pool, now)
 
 
-def _remove(members: Any, key: Any, pool: Any) -> None:
+def _remove(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> None:
     members.count[pool] -= 1
     last = members.first[pool] + members.count[pool]
     place = members.place[key]
@@ -117,32 +121,47 @@ def _remove(members: Any, key: Any, pool: Any) -> None:
     members.place[moved] = place
     members.place[key] = -1
     members.stale[place // BLOCK] = True
-    members.stale[last // BLOCK] = True
+    if members.best[last // BLOCK] == moved:
+        members.stale[last // BLOCK] = True
 
 
-def _touch(members: Any, key: Any, pool: Any) -> None:
-    members.stale[members.place[key] // BLOCK] = True
+def _touch(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> None:
+    if not members.steady:
+        return
+    block = members.place[key] // BLOCK
+    if members.stale[block]:
+        return
+    best = members.best[block]
+    score = policy.score(key, now)
+    if best == key:
+        members.stale[block] = True
+    elif (
+        best < 0
+        or score < members.score[block]
+        or (score == members.score[block] and members.came[key] < members.came[best])
+    ):
+        members.best[block], members.score[block] = key, score
 
 
 def _lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: Any) -> Any:
     start = members.first[pool]
     stop = start + members.count[pool]
-    anew = not members.steady
-    if members.known[0] != members.changed[0]:
+    if members.known[0] != members.changed[0] or not members.steady:
         members.known[0] = members.changed[0]
         members.stale[:] = True
     found = -1
-    found_score = policy.score(0, now)
+    found_score = members.score[0]
     for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
-        if anew or members.stale[block]:
-            members.best[block] = _lowest_of_block(policy, members, holds, block, stop, NO_LIMIT, now)
+        if members.stale[block]:
+            members.best[block], members.score[block] = _lowest_of_block(policy, members, holds, block, stop, NO_LIMIT, now)
             members.stale[block] = False
-        key = members.best[block]
+        key, score = members.best[block], members.score[block]
+        if found >= 0 and (score > found_score or (score == found_score and members.came[key] > members.came[found])):
+            continue
         if holds[key] >= limit:
-            key = _lowest_of_block(policy, members, holds, block, stop, limit, now)
+            key, score = _lowest_of_block(policy, members, holds, block, stop, limit, now)
             if key < 0:
                 continue
-        score = policy.score(key, now)
         if found < 0 or score < found_score or (score == found_score and members.came[key] < members.came[found]):
             found, found_score = key, score
     return found
@@ -151,11 +170,11 @@ def _lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: A
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _lowest_of_block(policy: Any, members: Any, holds: Any, block: Any, stop: Any, limit: Any, now: Any) -> Any:
     found = -1
-    found_score = policy.score(0, now)
+    found_score = members.score[block]
     for place in range(block * BLOCK, min((block + 1) * BLOCK, stop)):
         key = members.keys[place]
         if holds[key] < limit:
             score = policy.score(key, now)
             if found < 0 or score < found_score or (score == found_score and members.came[key] < members.came[found]):
                 found, found_score = key, score
-    return found
+    return found, found_score

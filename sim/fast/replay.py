@@ -83,7 +83,7 @@ def replay(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
             key = slots.keys[access]
             if slots.resident[key]:
                 policy.on_hit(key, slots.pool_of[key], now)
-                touch(members, key, slots.pool_of[key])
+                touch(policy, members, key, slots.pool_of[key], now)
             else:
                 slots.absent[absent] = key
                 absent += 1
@@ -104,12 +104,12 @@ def replay(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
                         return WRONG - leaving - 1
                     slots.resident[leaving] = False
                     slots.taken[pool] -= 1
-                    remove(members, leaving, pool)
+                    remove(policy, members, leaving, pool, now)
                     policy.on_evict(leaving, pool, now)
             slots.resident[key] = True
             slots.taken[pool] += 1
-            insert(members, key, pool)
             policy.on_insert(key, pool, now)
+            insert(policy, members, key, pool, now)
         for access in range(start, stop):
             slots.holds[slots.keys[access]] = FREE
         for index in range(absent):  # an event that overflowed its pool decides retention at its end
@@ -120,7 +120,7 @@ def replay(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
                     return WRONG - max(leaving, -1) - 1
                 slots.resident[leaving] = False
                 slots.taken[pool] -= 1
-                remove(members, leaving, pool)
+                remove(policy, members, leaving, pool, now)
                 policy.on_evict(leaving, pool, now)
     return misses
 
