@@ -140,7 +140,7 @@ class Future(NamedTuple):
     """
 
     offsets: Ints
-    keys: Ints
+    keys: npt.NDArray[np.int32]
     following: Ints
     first: Ints
 

@@ -33,7 +33,10 @@ def no_victim(policy: str, key: int) -> str:
 
 def no_prediction(policy: str, found: int, experts: int) -> str:
     """Say that a predictor, or the prefetch rule that took of it, gave an id or a count that cannot be."""
-    return f"predictor {policy} or its prefetch rule gave {found}: ids are those of {experts} experts, counts what was asked for"
+    return (
+        f"predictor {policy} or its prefetch rule gave {found}: ids are those of {experts} experts, and counts never exceed what "
+        "was asked for"
+    )
 
 
 class Residency:

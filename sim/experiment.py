@@ -17,8 +17,8 @@ import numpy as np
 from policies.system import AXES, Composition, System, build_system, find_part
 from sim import store
 from sim.config import Config, check_config, one_of, plain
-from sim.engines import ENGINES, run_engine
 from sim.costs import Costs, decode_layer_ns, make_costs, transfer_ns, with_free_link
+from sim.engines import ENGINES, run_engine
 from sim.hardware import make_hardware, model_spec
 from sim.result import Run, limited_by, metrics
 from sim.workload import Workload, make_workload

@@ -317,7 +317,7 @@ REFUSED = {
         ["compare", "trace=tiny.safetensors", "systems=[fate]"],
         "no system could run: system 'fate': its predictor CrossLayerGate needs lookahead observations, ",
     ),
-    "unknown engine": (["simulate", "engine=foo", "trace.tokens=9"], "engine is 'foo': known: reference"),
+    "unknown engine": (["simulate", "engine=foo", "trace.tokens=9"], "engine is 'foo': known: auto, fast, reference"),
     "no jobs": (["compare", "jobs=0"], "jobs is 0: it must be a number of processes, or -1 for one per core"),
     "no tokens": (["simulate", "trace.tokens=0"], "trace.tokens is 0: it must be a whole number of tokens, at least 1"),
     "wrong seed": (["trace", "inspect", "seed=-1"], "seed is -1: it must be a whole number of at least 0"),

@@ -51,7 +51,7 @@ def test_no_steps_are_no_events():
 def test_keys_do_not_overflow_the_type_of_the_ids():
     events = make_events(np.full((1, 9, 1), 127, np.int8), np.array([0, 1]), 128)
     assert events.keys.tolist() == [128 * layer + 127 for layer in range(9)]
-    assert events.keys.dtype == np.int64
+    assert events.keys.dtype == np.int32
 
 
 def test_one_key_events_are_the_same_accesses_one_at_a_time():

@@ -27,7 +27,7 @@ class Oracle(NamedTuple):
             return 0
         first_key = ((seen.layer + ahead) % self.layers) * self.experts
         start = self.future.offsets[event]
-        count = min(len(ids), self.future.offsets[event + 1] - start)
+        count: int = min(len(ids), self.future.offsets[event + 1] - start)
         for place in range(count):
             ids[place] = self.future.keys[start + place] - first_key
             scores[place] = 1.0

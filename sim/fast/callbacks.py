@@ -91,5 +91,6 @@ class PythonPredictor:
     def _seen(self) -> Seen:
         now, layer, start, stop = self.told.seen.tolist()
         request = self.observed.request[start:stop]
-        experts, weights, _, *others = (array[start:stop, layer] if array.ndim > 1 else None for array in self.observed)
-        return Seen(now, layer, experts, weights, request, *others)
+        rows: list[Any]
+        rows = [array[start:stop, layer] if array.ndim > 1 else None for array in self.observed]
+        return Seen(now, layer, rows[0], rows[1], request, *rows[3:])

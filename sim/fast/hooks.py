@@ -138,7 +138,8 @@ class Hooks:
 
     def _put(self, place: int, bind: Callable[..., Any], state: Any) -> None:
         memory = np.zeros(2048, np.int64)
-        function = compiled(bind, make_known(type(state[0])))
+        cls: Any = type(state[0])
+        function = compiled(bind, make_known(cls))
         with checked_bounds(type(state[0])):
             bound = function(state, memory.ctypes.data, memory.nbytes, self.table)
         if not bound:
@@ -185,7 +186,7 @@ def admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
 
 def evicted(state: Any, key: Any, pool: Any, now: Any, d: Any) -> Any:
     """Tell the policy that `key` lost its slot for another reason than to make room."""
-    policy, told, members = state
+    policy, _, members = state
     remove(policy, members, key, pool, now)
     policy.on_evict(key, pool, now)
     return 0
@@ -205,7 +206,7 @@ def _bind_eviction(state: Any, memory: Any, size: Any, table: Any) -> Any:
 # ---- entries of predictors and prefetch rules ---------------------------------------------------------------------
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _seen(told: Any, observed: Any) -> Any:
     """Return the running event as a predictor sees it."""
     now, layer, start, stop = told.seen[0], told.seen[1], told.seen[2], told.seen[3]
@@ -247,7 +248,7 @@ def _bind_predictor(state: Any, memory: Any, size: Any, table: Any) -> Any:
 
 def most(state: Any, tokens: Any, b: Any, c: Any, d: Any) -> Any:
     """Return how many experts the prefetch rule would take at most."""
-    policy, told = state
+    policy, _ = state
     return policy.most(tokens)
 
 

@@ -87,7 +87,7 @@ def run_part(runs: Any, stop: Any) -> Any:
     return run.now + 1
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _serve_event(run: Any, gate_end: Any) -> None:
     """Decide, load and compute the experts of one (step, layer)."""
     if run.release_ns != NEVER:
@@ -130,7 +130,7 @@ def _serve_event(run: Any, gate_end: Any) -> None:
         _let_link_act(run, ONLY_SERVE)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     """Split what the event needs into `Told.hits`, of which some are still in flight, and `Told.misses`.
 
@@ -200,7 +200,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     return hits, awaited, absent, hits_ns - awaited_ns
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _begin_wave(run: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
     """Ask the link for what the wave lacks: what is partly here first, then in routed order."""
     for index in range(awaited):
@@ -224,7 +224,7 @@ def _begin_wave(run: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
             run.demands += 1
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _hold_wave(run: Any, hits: Any, wave: Any, next_wave: Any) -> None:
     """Hold only what one of several waves needs."""
     run.held = hits + next_wave - wave
@@ -236,7 +236,7 @@ def _hold_wave(run: Any, hits: Any, wave: Any, next_wave: Any) -> None:
         expert_of(run, key).hold = HELD
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _release(run: Any) -> None:
     """Let go of what the event, or its last wave, holds."""
     experts_at, places_at = run.experts_at, run.places_at
@@ -244,7 +244,7 @@ def _release(run: Any) -> None:
         record(experts_at, record(places_at, index, PLACE).held, EXPERT).hold = FREE
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _compute_when_landed(run: Any, landed: Any, key: Any) -> None:
     """Let the compute stream wait for an expert of the running event, and compute it."""
     if landed > run.compute:
@@ -253,7 +253,7 @@ def _compute_when_landed(run: Any, landed: Any, key: Any) -> None:
     run.compute += place(run, key - run.first_key).takes
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _drop_stale_prefetches(run: Any) -> None:
     """Take out of the queue what was predicted for this event and is not needed."""
     key = run.oldest
@@ -266,7 +266,7 @@ def _drop_stale_prefetches(run: Any) -> None:
         key = newer
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _end_event(run: Any) -> None:
     """Let go of what the event held: done when the first to care, link or next event, comes by."""
     ns = run.release_ns
@@ -288,7 +288,7 @@ def _end_event(run: Any) -> None:
 # ---- prediction --------------------------------------------------------------------------------------------------
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _predict(run: Any) -> None:
     """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
     step = step_of(run)
@@ -304,10 +304,7 @@ def _predict(run: Any) -> None:
         if run.now + ahead >= run.events:
             return
         count = call(run.predict_entry, run.predictor_state, ahead, min(most, run.experts), 0, 0) if most >= 0 else most
-        if count > 0 and run.take_entry:
-            taken = call(run.take_entry, run.prefetch_state, count, 0, 0, 0)
-        else:
-            taken = count
+        taken = call(run.take_entry, run.prefetch_state, count, 0, 0, 0) if count > 0 and run.take_entry else count
         if most == FAILED or count == FAILED or taken == FAILED:
             run.broken = BY_EXCEPTION
             return
@@ -342,7 +339,7 @@ def _predict(run: Any) -> None:
 # ---- slots -------------------------------------------------------------------------------------------------------
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _start_transfer(
     run: Any,
     key: Any,
@@ -380,7 +377,7 @@ def _start_transfer(
     return True
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _take_slot(
     run: Any,
     key: Any,
@@ -427,7 +424,7 @@ def _take_slot(
     return True
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _evict(run: Any, key: Any, ns: Any) -> None:
     """Take a slot away for another reason than to make room."""
     if call(run.evicted_entry, run.eviction_state, key, expert_of(run, key).pool, run.now, 0) == FAILED:
@@ -435,7 +432,7 @@ def _evict(run: Any, key: Any, ns: Any) -> None:
     _forget(run, key, ns)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _forget(run: Any, key: Any, ns: Any) -> None:
     """Note a lost slot: a prefetch that was never used turns out wasted, a queued renewal is not needed."""
     expert = expert_of(run, key)
@@ -451,7 +448,7 @@ def _forget(run: Any, key: Any, ns: Any) -> None:
     _note(run, ns, EVICT, key)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _give_up(run: Any, key: Any) -> None:
     """Drop a transfer that nobody waits for; a paused one gives its slot back and has moved bytes for nothing."""
     expert = expert_of(run, key)
@@ -472,7 +469,7 @@ def _give_up(run: Any, key: Any) -> None:
 # ---- link --------------------------------------------------------------------------------------------------------
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _let_link_act(run: Any, until: Any) -> None:
     """Serve what was put into the queues, and let time pass to `until`; longer, if an event waits for transfers."""
     if run.demands and run.moving != NOTHING and not expert_of(run, run.moving).demand:
@@ -499,7 +496,7 @@ def _let_link_act(run: Any, until: Any) -> None:
     run.time = max(run.time, until)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
     ns = run.time
@@ -523,7 +520,7 @@ def _serve_demands(run: Any) -> None:
     run.time = ns
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _serve_prefetch(run: Any) -> None:
     """Start the first prefetch that gets a slot."""
     while run.oldest != NOTHING and not run.broken:
@@ -539,7 +536,7 @@ def _serve_prefetch(run: Any) -> None:
             return
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _ask_to_give_way(run: Any, moving: Any) -> None:
     """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
     if run.chunk_ns == 0 or moving.chunks_left == 1:
@@ -551,7 +548,7 @@ def _ask_to_give_way(run: Any, moving: Any) -> None:
         run.alarm_ns = run.moving_since + chunks * run.chunk_ns
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _give_way(run: Any, moving: Any) -> None:
     """Pause the prefetch on the link at a chunk's end, if a demand is still waiting; keep it if its event is to come."""
     elapsed = run.time - run.moving_since
@@ -576,7 +573,7 @@ def _give_way(run: Any, moving: Any) -> None:
         _give_up(run, key)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _land(run: Any, key: Any, ns: Any) -> None:
     """Make an expert usable, and note it where the event waits for it."""
     expert = expert_of(run, key)
@@ -595,7 +592,7 @@ def _land(run: Any, key: Any, ns: Any) -> None:
         expert_of(run, key).hold = AWAITED
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _promote(run: Any, key: Any) -> None:
     """Turn a prefetch, queued or on the link, into a demand; what has moved is kept."""
     expert_of(run, key).demand = True
@@ -605,7 +602,7 @@ def _promote(run: Any, key: Any) -> None:
         run.demands += 1
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _prepare(run: Any, expert: Any, target: Any, refresh: Any) -> None:
     """Make a transfer of an expert that has none."""
     expert.transfer = QUEUED
@@ -615,7 +612,7 @@ def _prepare(run: Any, expert: Any, target: Any, refresh: Any) -> None:
     expert.chunks_left = run.chunks
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
     """Put a new transfer at the end of the queue of prefetches."""
     _prepare(run, expert_of(run, key), target, refresh)
@@ -628,7 +625,7 @@ def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
     run.newest = key
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _unqueue(run: Any, key: Any) -> None:
     """Take a transfer out of the queue of prefetches."""
     older, newer = expert_of(run, key).older, expert_of(run, key).newer
@@ -645,7 +642,7 @@ def _unqueue(run: Any, key: Any) -> None:
 # ---- counters ----------------------------------------------------------------------------------------------------
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _close_step(run: Any, step: Any) -> None:
     step.computed, step.waited, step.host_idle = run.computed, run.waited, run.host_idle
     step.hits, step.late_hits, step.misses = run.hits, run.late_hits, run.misses
@@ -653,7 +650,7 @@ def _close_step(run: Any, step: Any) -> None:
     run.hits, run.late_hits, run.misses = 0, 0, 0
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _note(run: Any, ns: Any, what: Any, key: Any) -> None:
     if run.logging:
         entry = record(run.log_at, run.logged, LOG)

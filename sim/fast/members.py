@@ -167,7 +167,7 @@ def _lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: A
     return found
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def _lowest_of_block(policy: Any, members: Any, holds: Any, block: Any, stop: Any, limit: Any, now: Any) -> Any:
     found = -1
     found_score = members.score[block]

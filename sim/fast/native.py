@@ -215,7 +215,7 @@ def entry(implementation: Callable[..., Any]) -> Any:
     return address
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(typing_context: Any, address: Any, state: Any) -> Any:
     """Put `state`, a tuple of arrays and numbers, at `address`; whoever calls an entry keeps the arrays alive."""
 
@@ -226,7 +226,7 @@ def store(typing_context: Any, address: Any, state: Any) -> Any:
     return types.void(types.int64, state), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def size_of(typing_context: Any, state: Any) -> Any:
     """Return the bytes that `store` writes."""
 
@@ -236,7 +236,7 @@ def size_of(typing_context: Any, state: Any) -> Any:
     return types.int64(state), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def call(typing_context: Any, address: Any, state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Call the entry at `address` with the state at the address `state`."""
 

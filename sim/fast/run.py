@@ -16,8 +16,8 @@ from sim.fast import kernel
 from sim.fast.hooks import PLACES, Hooks, Observed, make_told
 from sim.fast.kernel import EVENTS, NOTHING, run_part
 from sim.fast.native import compiled
-from sim.fast.unions import widen_halves
 from sim.fast.state import CELL, COMING, EXPERT, LOG, PLACE, POOL, RUN, STEP
+from sim.fast.unions import widen_halves
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
@@ -136,7 +136,8 @@ class _FastRun:
 
     def _observed(self, rows: Any) -> Observed:
         """Return what predictors see of some rows of the trace."""
-        trace, needs = self.workload.trace, self.system.composition.needs
+        trace: Any = self.workload.trace
+        needs = self.system.composition.needs
         layers = self.system.setting.layers
         ranked, logits = np.zeros((0, layers, 0, 0), np.int8), np.zeros((0, layers, 0), np.float32)
         return Observed(

@@ -72,7 +72,7 @@ EXPERT = np.dtype(
     ],
     align=True,
 )
-"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. Few bytes: this is the hot memory."""
+"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. Read most, so small."""
 
 POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
 """[pools]"""
@@ -118,7 +118,7 @@ STEP = np.dtype(
 LOG = np.dtype([("ns", np.int64), ("what", np.int64), ("key", np.int64), ("event", np.int64)])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def record(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     """Return record `index` of the table of `kind` (a dtype) at `address`."""
 
@@ -129,7 +129,7 @@ def record(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     return kind.dtype(types.int64, types.int64, kind), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def number(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     """Return number `index` of the array of `kind` (a dtype) at `address`."""
 
@@ -141,7 +141,7 @@ def number(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     return types.int64(types.int64, types.int64, kind), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def put(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
     """Write number `index` of the array of `kind` (a dtype) at `address`."""
 
@@ -158,38 +158,38 @@ def put(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) ->
 # ---- what the loop calls them -------------------------------------------------------------------------------------
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def expert_of(run: Any, key: Any) -> Any:
     """Return the record of an expert key."""
     return record(run.experts_at, key, EXPERT)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def pool_of(run: Any, pool: Any) -> Any:
     """Return the record of a pool."""
     return record(run.pools_at, pool, POOL)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def place(run: Any, index: Any) -> Any:
     """Return entry `index` of all lists of keys."""
     return record(run.places_at, index, PLACE)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def coming(run: Any, ahead: Any) -> Any:
     """Return the record of the event `ahead` of the running one."""
     row = run.row + ahead
     return record(run.coming_at, row - run.depth - 1 if row > run.depth else row, COMING)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def cell(event: Any, index: Any) -> Any:
     """Return entry `index` of the lists, and of the experts, of a coming event."""
     return record(event.cells_at, index, CELL)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def step_of(run: Any) -> Any:
     """Return the record of the running step."""
     return record(run.steps_at, run.step - run.first_step, STEP)
