@@ -34,7 +34,7 @@ def no_victim(policy: str, key: int) -> str:
 def no_prediction(policy: str, found: int, experts: int) -> str:
     """Say that a predictor, or the prefetch rule that took of it, gave an id or a count that cannot be."""
     return (
-        f"predictor {policy} or its prefetch rule gave {found}: ids are those of {experts} experts, and counts never exceed what "
+        f"predictor {policy} or its prefetch rule gave {found}: ids are those of {experts} experts, counts at most what "
         "was asked for"
     )
 
