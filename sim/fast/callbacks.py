@@ -33,39 +33,58 @@ def callback(function: Callable[..., Any], faults: list[BaseException]) -> tuple
 
 
 class PythonEviction:
-    """An eviction policy, called back; it keeps the residents that it chooses from, as the reference engine does."""
+    """An eviction policy, called back. The loop checks its victims; for one that scores the residents are kept here."""
 
     def __init__(self, policy: Any, setting: Setting, told: Any) -> None:
-        self.residency = Residency(policy, setting)
-        self.residency.holds = memoryview(told.holds)  # type: ignore[assignment]  # written by the loop
+        self.holds = memoryview(told.holds)  # written by the loop
         self.hits, self.misses = memoryview(told.hits), memoryview(told.misses)
-        self.on_hit, self.on_miss = self.residency.eviction.on_hit, self.residency.on_miss
+        residency = Residency(policy, setting)
+        residency.holds = self.holds  # type: ignore[assignment]
+        policy = residency.eviction
+        self.on_hit, self.on_miss = policy.on_hit, getattr(policy, "on_miss", None)
+        self.on_insert, self.on_evict = policy.on_insert, policy.on_evict
+        self.victim = getattr(policy, "victim", None)
+        self.residency = residency
 
     def event(self, hits: int, misses: int, pool: int, now: int) -> None:
         """Tell which experts of an event are there and which are not."""
-        on_hit = self.on_hit
+        on_hit, on_miss = self.on_hit, self.on_miss
         for key in self.hits[:hits].tolist():
             on_hit(key, pool, now)
-        if misses:
-            on_miss = self.on_miss
+        if on_miss is not None:
             for key in self.misses[:misses].tolist():
                 on_miss(key, pool, now)
 
     def admit(self, key: int, pool: int, limit: int, now: int) -> int:
         """Give `key` a slot: a free one (limit -1), or one whose resident is held below `limit`; return who left."""
-        residency = self.residency
-        leaving = -1
+        if self.victim is None:
+            return self._admit_by_score(key, pool, limit, now)
+        leaving: int = -1
         if limit >= 0:
-            leaving = residency.victim(pool, now, limit)
+            leaving = self.victim(pool, self.holds, limit, now)
             if leaving < 0:
                 return -2
-            residency.evict(leaving, now)
-        residency.insert(key, now)
+            if leaving < len(self.holds):
+                self.on_evict(leaving, pool, now)
+        self.on_insert(key, pool, now)
+        return leaving
+
+    def _admit_by_score(self, key: int, pool: int, limit: int, now: int) -> int:
+        leaving = -1
+        if limit >= 0:
+            leaving = self.residency.victim(pool, now, limit)
+            if leaving < 0:
+                return -2
+            self.residency.evict(leaving, now)
+        self.residency.insert(key, now)
         return leaving
 
     def evicted(self, key: int, pool: int, now: int) -> None:
         """Tell that `key` lost its slot for another reason than to make room."""
-        self.residency.evict(key, now)
+        if self.victim is None:
+            self.residency.evict(key, now)
+        else:
+            self.on_evict(key, pool, now)
 
 
 class PythonPredictor:
