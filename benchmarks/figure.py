@@ -26,7 +26,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for name, marker in (("tokens", "o"), ("layers", "s"), ("experts", "^"), ("top_k", "D")):
         rates = found["growth"][name]
         smallest = int(next(iter(rates)))
-        growing.plot([int(size) / smallest for size in rates], [rate / 1e6 for rate in rates.values()], marker=marker, label=name)
+        sizes = [int(size) / smallest for size in rates]
+        growing.plot(sizes, [rate / 1e6 for rate in rates.values()], marker=marker, label=name)
     growing.set_xscale("log", base=2)
     growing.set_xticks([1, 2, 4, 8], ["1x", "2x", "4x", "8x"])
     growing.set_ylim(bottom=0)
