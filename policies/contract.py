@@ -93,6 +93,8 @@ def steady(changed: str = "") -> Callable[[_Policy], _Policy]:
     """
 
     def declare(policy: _Policy) -> _Policy:
+        if changed and changed not in getattr(policy, "_fields", ()):
+            raise ValueError(f"{policy.__name__} has no field '{changed}', which @steady(changed=...) names")
         policy.STEADY = changed  # type: ignore[attr-defined]
         return policy
 

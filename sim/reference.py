@@ -62,6 +62,7 @@ class _Engine:
         self.predictions: dict[int, set[int]] = {}
         """Keys selected for coming events."""
 
+        self.depth = system.prefetch.depth
         self.workload = workload
         self.events = workload.events
         self.union_keys = self.events.keys.tolist()
@@ -128,7 +129,7 @@ class _Engine:
             wave = absent if number else present + awaited + absent
             self._begin_wave(wave, () if number else awaited, absent)
             if number == 0:
-                if self.system.prefetch.depth:
+                if self.depth:
                     self._predict(step, layer)
                 for key in present:
                     compute += takes[key]
@@ -245,11 +246,11 @@ class _Engine:
         system, layers, experts = self.system, self.events.layers, self.events.experts
         seen = self.observed.event(step, layer, self.now)
         system.observe(seen)
-        for ahead in range(1, system.prefetch.depth + 1):
+        most = min(system.prefetch.most(len(seen.experts)), experts)
+        for ahead in range(1, self.depth + 1):
             target = self.now + ahead
             if target >= self.events.total:
                 return
-            most = min(system.prefetch.most(len(seen.experts)), experts)
             predicted = system.predictor.predict(seen, ahead, self.ids[:most], self.scores[:most])
             if predicted == 0:
                 continue

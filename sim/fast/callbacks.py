@@ -13,13 +13,12 @@ from sim.fast.native import FAILED, PARAMETERS
 _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
 
 
-def callback(function: Callable[..., Any], faults: list[BaseException]) -> tuple[int, Any]:
+def callback(function: Callable[..., Any], wanted: int, faults: list[BaseException]) -> tuple[int, Any]:
     """Return the address at which compiled code can call `function`, and what must be kept alive for it.
 
-    `function` takes as many of the four numbers as it has parameters. What it raises is put into `faults`, and the caller is
+    `function` takes the first `wanted` of the four numbers. What it raises is put into `faults`, and the caller is
     told that it failed.
     """
-    wanted = function.__code__.co_argcount - hasattr(function, "__self__")
 
     def guarded(state: int, *numbers: int) -> int:
         try:

@@ -101,34 +101,36 @@ class Hooks:
 
     def _bind_eviction(self) -> None:
         policy, told, setting = self._system.eviction, self._told, self._system.setting
-        if not self._compile("eviction", EVICTION, _bind_eviction, (policy, told, make_members(setting, policy))):
+        if not self._compile(
+            "eviction", EVICTION, _bind_eviction, policy, lambda: (policy, told, make_members(setting, policy))
+        ):
             python = PythonEviction(policy, setting, told)
-            self._call_back({EVENT: python.event, ADMIT: python.admit, EVICTED: python.evicted})
+            self._call_back({EVENT: (python.event, 4), ADMIT: (python.admit, 4), EVICTED: (python.evicted, 3)})
 
     def _bind_prefetch(self) -> None:
         policy, scores = self._system.prefetch, self._told.scores
-        if not self._compile("prefetch", PREFETCH, _bind_prefetch, (policy, self._told)):
-            self._call_back({MOST: policy.most, TAKE: lambda count: policy.take(scores, count)})
+        if not self._compile("prefetch", PREFETCH, _bind_prefetch, policy, lambda: (policy, self._told)):
+            self._call_back({MOST: (policy.most, 1), TAKE: (lambda count: policy.take(scores, count), 1)})
         if not hasattr(policy, "take"):
             self.table[TAKE] = 0
 
     def _bind_predictor(self, observed: Observed) -> None:
         policy, told = self._system.predictor, self._told
-        if self._compile("predictor", PREDICTOR, _bind_predictor, (policy, told, observed)):
+        if self._compile("predictor", PREDICTOR, _bind_predictor, policy, lambda: (policy, told, observed)):
             self._observe = lambda rows: self._put(PREDICTOR, _bind_predictor, (policy, told, rows))
         else:
             python = PythonPredictor(policy, told)
-            self._call_back({OBSERVE: python.observe, PREDICT: python.predict})
+            self._call_back({OBSERVE: (python.observe, 0), PREDICT: (python.predict, 2)})
             self._observe = python.show
         if not hasattr(policy, "observe"):
             self.table[OBSERVE] = 0
 
-    def _compile(self, axis: str, place: int, bind: Callable[..., Any], state: Any) -> bool:
+    def _compile(self, axis: str, place: int, bind: Callable[..., Any], policy: Any, state: Callable[[], Any]) -> bool:
         """Compile the entries of a policy, if numba can (an empty tuple it cannot pass), and put its state into memory."""
-        cls = type(state[0])
-        if not self._interpret and cls not in not_compiled and issubclass(cls, tuple) and len(state[0]):
+        cls = type(policy)
+        if not self._interpret and cls not in not_compiled and issubclass(cls, tuple) and len(policy):
             try:
-                self._put(place, bind, state)
+                self._put(place, bind, state())
             except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
                 not_compiled.add(cls)
             else:
@@ -147,9 +149,9 @@ class Hooks:
         self.table[place] = memory.ctypes.data
         self._alive = [kept for kept in self._alive if kept[0] != place] + [(place, state, memory)]
 
-    def _call_back(self, functions: dict[int, Callable[..., Any]]) -> None:
-        for place, function in functions.items():
-            self.table[place], kept = callback(function, self.faults)
+    def _call_back(self, functions: dict[int, tuple[Callable[..., Any], int]]) -> None:
+        for place, (function, numbers) in functions.items():
+            self.table[place], kept = callback(function, numbers, self.faults)
             self._alive.append((place, kept))
 
 

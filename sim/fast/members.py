@@ -53,6 +53,7 @@ def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members | Non
     """Return empty pools for a policy that scores, or None for one that chooses; `extra` residents may overflow a pool."""
     if hasattr(policy, "victim"):
         return None
+    declared = next(vars(cls).get("STEADY") for cls in type(policy).__mro__ if "score" in vars(cls))
     places = -(-(setting.capacity + extra) // BLOCK) * BLOCK
     first = np.concatenate([[0], np.cumsum(places)])
     blocks = first[-1] // BLOCK
@@ -66,8 +67,8 @@ def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members | Non
         score=np.zeros(blocks, np.asarray(policy.score(0, 0)).dtype),
         stale=np.zeros(blocks, np.bool_),
         inserted=np.zeros(1, np.int64),
-        steady=hasattr(policy, "STEADY"),
-        changed=getattr(policy, getattr(policy, "STEADY", ""), np.zeros(1, np.int64)),
+        steady=declared is not None,  # by the class whose score it is, not by one that it inherits from
+        changed=getattr(policy, declared) if declared else np.zeros(1, np.int64),
         known=np.zeros(1, np.int64),
     )
 

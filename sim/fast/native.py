@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numba
@@ -49,22 +49,62 @@ _known: set[Any] = set()
 
 
 @cache
-def make_known(cls: type) -> frozenset[Path]:
-    """Tell numba about the methods of `cls` and every function they call; return the source files that took part."""
-    reached: set[FunctionType] = set()
-    for name, method in inspect.getmembers(cls, inspect.isfunction):
-        if name.startswith("__") or hasattr(tuple, name) or "<" in method.__code__.co_filename:
-            continue  # what every named tuple has
-        _reach(method, reached)
+def make_known(cls: type) -> str:
+    """Tell numba about the methods of `cls` and every function they call; return a digest of all that decides the code.
+
+    That is the text of every file that a function or a global name of theirs comes from, and the values of constants.
+    """
+    reached: dict[FunctionType, None] = {}
+    methods = {name: method for name, method in inspect.getmembers(cls, inspect.isfunction) if name not in _OF_EVERY_TUPLE}
+    parts = [repr(cls)]
+    for method in methods.values():
+        _reach(method, reached, parts)
+    for name, method in methods.items():
         if name not in _known:
             _known.add(name)
             _know_method(name, method)
-        reached.add(method)
-    methods = {method for _, method in inspect.getmembers(cls, inspect.isfunction)}
-    for function in reached - methods - _known:
-        _known.add(function)
-        overload(function, strict=False, jit_options=_INLINED)(_always(_bare(function)))
-    return frozenset(Path(function.__code__.co_filename) for function in reached)
+    for function in reached:
+        if function not in methods.values() and function not in _known:
+            _known.add(function)
+            overload(function, strict=False, jit_options=_INLINED)(_always(_bare(function)))
+    files = {function.__code__.co_filename for function in reached}
+    parts += [_text(file) for file in sorted(files)]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+_OF_EVERY_TUPLE = {*dir(tuple), "_replace", "_asdict", "_make", "__new__"} - {"count", "index"}
+
+
+def _reach(function: FunctionType, reached: dict[FunctionType, None], parts: list[str]) -> None:
+    """Collect `function` and the functions that it calls, and in `parts` the constants and modules that they name."""
+    if function in reached:
+        return
+    reached[function] = None
+    for code in _codes(function.__code__):
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            value = getattr(value, "py_func", value)  # a function that its author had numba compile
+            if isinstance(value, FunctionType):
+                _reach(value, reached, parts)
+            elif isinstance(value, ModuleType):
+                file = getattr(value, "__file__", None) or ""
+                parts.append(_text(file) if "site-packages" not in file else file)
+            elif isinstance(value, np.ndarray):
+                parts.append(f"{name} {value.dtype} {value.tolist()}")
+            elif isinstance(value, (int, float, str, bytes, tuple, bool)):
+                parts.append(f"{name} {value!r}")
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _text(file: str) -> str:
+    path = Path(file)
+    return f"{path}\n{path.read_text(errors='replace')}" if path.is_file() else file
 
 
 def overloaded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,15 +122,6 @@ class _Optional:
 
     def take(self, scores: Any, count: int) -> int:
         return count
-
-
-def _reach(function: FunctionType, reached: set[FunctionType]) -> None:
-    """Collect the plain functions that `function` calls, and those that they call."""
-    for name in function.__code__.co_names:
-        called = function.__globals__.get(name)
-        if isinstance(called, FunctionType) and called not in reached:
-            reached.add(called)
-            _reach(called, reached)
 
 
 def _know_method(name: str, example: FunctionType) -> None:
@@ -130,17 +161,17 @@ def checked_bounds(cls: type) -> Iterator[None]:
 # ---- the disk cache ----------------------------------------------------------------------------------------------
 
 
-def compiled(function: Callable[..., Any], sources: frozenset[Path] = frozenset()) -> Any:
-    """Return `function` as a compiled function that is kept on disk until one of the `sources` changes.
+def compiled(function: Callable[..., Any], of: str = "") -> Any:
+    """Return `function` as a compiled function that is kept on disk; `of` is the digest of the policy it is compiled for.
 
-    numba's own cache looks at the file of `function` only; here the folder is named by the contents of all sources.
+    numba's own cache looks at the file of `function` only; here the folder is named by all that decides the code.
     """
-    return _compiled(function, sources)
+    return _compiled(function, of)
 
 
 @cache
-def _compiled(function: Callable[..., Any], sources: frozenset[Path]) -> Any:
-    digest = _digest(sources | _engine_sources())
+def _compiled(function: Callable[..., Any], of: str) -> Any:
+    digest = hashlib.sha256(f"{_engine_digest()} {of}".encode()).hexdigest()[:24]
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(cache_folder() / digest)  # read when the decorator runs, and put back after it
     try:
@@ -157,23 +188,30 @@ def cache_folder() -> Path:
         wanted.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=wanted).close()
     except OSError:
-        return Path(tempfile.gettempdir()) / f"foregate-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+        return _temporary_folder()
     return wanted
 
 
-def _digest(sources: frozenset[Path]) -> str:
-    """Return the name of what compiling `sources` gives: their paths (numba looks at their times) and contents."""
-    digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {sys.version}".encode())
-    for source in sorted(sources):
-        digest.update(f"{source}\n".encode() + source.read_bytes())
-    return digest.hexdigest()[:24]
+def _temporary_folder() -> Path:
+    """Return a folder of this user's alone: what lies there is loaded and run."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"foregate-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_mode & 0o77 or (hasattr(os, "getuid") and status.st_uid != user):
+        return Path(tempfile.mkdtemp(prefix="foregate-"))
+    return folder
 
 
 @cache
-def _engine_sources() -> frozenset[Path]:
+def _engine_digest() -> str:
+    """Return a digest of this package and of what it shares with policies; paths too, since numba looks at file times."""
     here = Path(__file__).parent
-    contract = here.parent.parent / "policies"
-    return frozenset({*here.glob("*.py"), *(contract / name for name in ("contract.py", "order.py", "ranking.py"))})
+    sources = [*here.glob("*.py"), *(here.parents[1] / "policies").glob("*.py")]
+    digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {sys.version}".encode())
+    for source in sorted(sources):
+        digest.update(_text(str(source)).encode())
+    return digest.hexdigest()
 
 
 # ---- entries: functions of a policy that anybody can call by address ----------------------------------------------

@@ -57,9 +57,9 @@ def fast_misses(policy: Any, setting: Setting, events: Events) -> int | None:
         events.offsets,
         events.keys,
     )
-    state = (policy, slots, make_members(setting, policy, extra=most))
     memory, table = np.zeros(2048, np.int64), np.zeros(2, np.int64)
     try:
+        state = (policy, slots, make_members(setting, policy, extra=most))
         binding = compiled(bind_replay, make_known(type(policy)))
         with checked_bounds(type(policy)):
             if not binding(state, memory.ctypes.data, memory.nbytes, table):
@@ -151,7 +151,9 @@ def _let_one_leave(policy: Any, slots: Any, members: Any, pool: Any, now: Any) -
     leaving = victim(policy, members, slots.holds, pool, HELD, now)
     if leaving < 0:
         return WRONG
-    if leaving >= len(slots.holds) or not slots.resident[leaving] or slots.holds[leaving] >= HELD:
+    if leaving >= len(slots.holds) or slots.pool_of[leaving] != pool:
+        return NOBODY - 1 - leaving
+    if not slots.resident[leaving] or slots.holds[leaving] >= HELD:
         return NOBODY - 1 - leaving
     slots.resident[leaving] = False
     slots.taken[pool] -= 1

@@ -223,7 +223,7 @@ def make_tables(system: System, logging: bool) -> dict[str, Any]:
         "pools_at": pools,
         "places_at": np.zeros(setting.experts, PLACE),
         "coming_at": coming,
-        "log_at": np.zeros(max(LOG_ROOM, 8 * setting.keys + 4 * setting.experts) if logging else 0, LOG),
+        "log_at": np.zeros(max(LOG_ROOM, 8 * setting.keys + 4 * setting.experts + 16) if logging else 0, LOG),
     }
 
 
