@@ -1,5 +1,7 @@
 """The fast engine gives the integers and events of the reference engine, whatever the policy, workload and costs."""
 
+import importlib
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sim.fast.run
+from policies.contract import steady
 from policies.eviction.fifo import FIFO
+from policies.eviction.lfu import LFU
 from policies.eviction.lru import LRU
-from policies.order import oldest
+from policies.order import append, oldest, oldest_free
 from policies.predictor.popularity import Popularity
 from policies.residency import ContractError
 from policies.system import Composition, build_system, find_part
@@ -24,6 +28,7 @@ from sim.engines import run_engine
 from sim.events import future_of
 from sim.experiment import composition_of, costs_of, system_of, workload_of
 from sim.fast import PolicyRaised, run_fast
+from sim.fast.native import make_known
 from sim.reference import run_reference
 from sim.workload import make_workload
 from traces import import_trace, take_tokens
@@ -365,6 +370,66 @@ def test_a_victim_that_may_not_leave_is_refused_by_both_engines(engine, cls, say
     workload = make_workload(small_trace())
     with pytest.raises(ContractError, match=says):
         run_engine(engine, lambda: build(with_eviction(cls), workload, 16), workload, costs_for(workload))
+
+
+class OneQueue(FIFO):
+    """Knows no pools."""
+
+    def on_insert(self, key, pool, now):
+        append(self.order, 0, key)
+
+    def victim(self, pool, holds, limit, now):
+        return oldest_free(self.order, 0, holds, limit)
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_a_victim_of_another_pool_is_refused_by_both_engines(engine):
+    tried = composition(allocation="uniform")
+    tried = Composition("tried", {**tried.parts, "eviction": (OneQueue, {})})
+    workload = make_workload(small_trace())
+    with pytest.raises(ContractError, match="a victim must be a resident"):
+        run_engine(engine, lambda: build(tried, workload, 20), workload, costs_for(workload))
+
+
+class Moody(LFU):
+    """Inherits from a steady policy, but time changes its scores."""
+
+    def score(self, key, now):
+        return (self.last_use[key] * 7 + now * 3) % 11 + 0 * self.uses[key]
+
+
+def test_steadiness_is_not_inherited_by_another_score():
+    workload = make_workload(small_trace())
+    assert_agree(lambda: build(with_eviction(Moody), workload, 20), workload, costs_for(workload))
+
+
+def test_steady_must_name_a_field():
+    with pytest.raises(ValueError, match="FIFO has no field 'rescaledd'"):
+        steady(changed="rescaledd")(FIFO)
+
+
+def test_a_constant_of_another_module_decides_the_compiled_code(tmp_path, monkeypatch):
+    """The digest that names the cache changes with whatever the code is made of."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tried_policy.py").write_text(
+        "from tried_constants import SIGN\nfrom policies.eviction.fifo import FIFO\n\n\n"
+        "class Tried(FIFO):\n    def victim(self, pool, holds, limit, now):\n"
+        "        return SIGN * super_victim(self, pool, holds, limit)\n\n\n"
+        "from policies.order import oldest_free\n\n\n"
+        "def super_victim(self, pool, holds, limit):\n    return oldest_free(self.order, pool, holds, limit)\n"
+    )
+    digests = []
+    for sign in (1, 2):
+        (tmp_path / "tried_constants.py").write_text(f"SIGN = {sign}\n")
+        for name in ("tried_policy", "tried_constants"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+        try:
+            digests.append(make_known(importlib.import_module("tried_policy").Tried))
+        finally:
+            sys.dont_write_bytecode = before
+    assert digests[0] != digests[1]
 
 
 class Wild(Popularity):

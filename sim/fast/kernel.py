@@ -411,7 +411,13 @@ def _take_slot(
     if leaving == FAILED:
         run.broken = BY_EXCEPTION
     elif limit != ROOM:
-        if leaving < 0 or leaving >= run.keys or expert_of(run, leaving).pool != pool or not expert_of(run, leaving).resident or expert_of(run, leaving).hold >= limit:
+        if (
+            leaving < 0
+            or leaving >= run.keys
+            or expert_of(run, leaving).pool != pool
+            or not expert_of(run, leaving).resident
+            or expert_of(run, leaving).hold >= limit
+        ):
             run.broken = BY_VICTIM
             run.broken_by = leaving
         else:
