@@ -25,6 +25,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload, overload_method
 from platformdirs import user_cache_dir
 
@@ -303,6 +304,9 @@ def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return value
 
 
+# numba asks for attributes in the order in which it learned of them: fields of named tuples first, then methods of ours, so
+# that a field may be called like another policy's method.
+cpu_target.typing_context.refresh()
 for _name, _method in inspect.getmembers(_Optional, inspect.isfunction):
     _known.add(_name)
     _know_method(_name, _method)
