@@ -30,8 +30,8 @@ eviction
     ``on_hit(key, pool, now)``               a routed expert was resident or in flight when its event started
     ``on_evict(key, pool, now)``             the expert lost its slot
     and one of
-    ``score(key, now)``                      the lowest leaves, of equals the one inserted first; written so that
-                                             `key` may be one key or an array of keys
+    ``score(key, now)``                      a number: the lowest leaves, of equals the one inserted first; written so
+                                             that `key` may be one key or an array of keys
     ``victim(pool, holds, limit, now)``      the key that leaves, or -1: only keys with ``holds[key] < limit`` may
 allocation
     ``divide(slots, layers, experts, top_k)``  the pool of every layer and the slots of every pool
@@ -86,10 +86,10 @@ def needs_of(policy: type) -> frozenset[str]:
 
 
 def steady(changed: str = "") -> Callable[[_Policy], _Policy]:
-    """Declare that scores of an eviction policy keep their order until the policy is told of one of the experts.
+    """Declare that an expert's score stays what it is until the policy is told of that expert.
 
-    A hit, miss, insertion or eviction of an expert may move it among the others, time alone moves none; an engine then need
-    not look at all of them for every victim. `changed` names an array of one number that grows whenever that is not so.
+    A hit, miss, insertion or eviction of an expert may change its own score, time alone changes none; an engine then need
+    not ask for all of them for every victim. `changed` names an array of one number that grows whenever that is not so.
     """
 
     def declare(policy: _Policy) -> _Policy:

@@ -164,7 +164,7 @@ def traces(draw):
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trace=traces())
 def test_any_trace_survives_the_round_trip(trace, tmp_path):
     path = tmp_path / "trace.safetensors"

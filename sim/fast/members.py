@@ -138,7 +138,11 @@ def _remove(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> None:
     place = members.place[key]
     block, row = place // BLOCK, place % BLOCK
     last_block, last_row = last // BLOCK, last % BLOCK
-    moved, score, stamp = members.keys[last_block, last_row], members.score[last_block, last_row], members.stamp[last_block, last_row]
+    moved, score, stamp = (
+        members.keys[last_block, last_row],
+        members.score[last_block, last_row],
+        members.stamp[last_block, last_row],
+    )
     members.keys[block, row], members.score[block, row], members.stamp[block, row] = moved, score, stamp
     members.place[moved] = place
     members.place[key] = -1
@@ -194,7 +198,7 @@ def _lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: A
 
 @njit(forceinline=True)
 def _best_of(scores: Any, stamps: Any) -> Any:
-    """Return the lowest score, and the lowest stamp of those who have it: loops without branches, for vector instructions."""
+    """Return the lowest score and the lowest stamp of those who have it: no branches, so that vector instructions can."""
     lowest = found = ABSENT
     for index in range(len(scores)):
         lowest = min(lowest, scores[index])
