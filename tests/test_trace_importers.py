@@ -121,7 +121,7 @@ def test_what_the_file_does_not_say_stays_unknown(path):
     assert (trace.model.name, trace.model.expert_bytes, trace.model.other_bytes) == ("tiny", {}, None)
     assert (trace.provenance.kind, trace.provenance.source) == ("imported", "a test")
     assert "bytes of experts and of everything else" in trace.provenance.details["unknown"]
-    assert trace.capabilities() == frozenset()
+    assert trace.capabilities() == {"weights"}
     assert read(path, model_name="other").model.name == "other"
 
 
