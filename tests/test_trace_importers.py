@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def test_unknown_formats_and_options_are_refused(path):
         import_trace(path, "plain_array")
     with pytest.raises(InputError, match="unknown option 'model'; did you mean 'model_name'"):
         import_trace(path, "plain_arrays", model="x")
+
+
+def test_without_torch_a_pt_file_names_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "dump.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("dump/data.pkl", b"\x80\x02}.")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"needs torch, which is not installed: pip install 'foregate\[real\]'"):
+        import_trace(path, "sglang_distribution")
 
 
 # --- plain arrays -------------------------------------------------------------------------------------
