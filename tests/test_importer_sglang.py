@@ -90,6 +90,14 @@ BAD = {
     "no base64": (response(routed_experts="a!"), {}, "meta_info.routed_experts is not valid base64"),
     "odd count": (response(prompt_tokens=True), {}, "meta_info: prompt_tokens is True; it must be a whole number"),
     "odd schema": (response(expert_ids_schema=[]), {}, "meta_info: expert_ids_schema is []; it must be an object"),
+    "other schema": (
+        response(expert_ids_schema={"num_layers": 3, "top_k": 2}),
+        {},
+        "options.layers is 2; the response: meta_info.expert_ids_schema.num_layers is 3",
+    ),
+    "odd number in the schema": (response(expert_ids_schema={"num_layers": 0}), {}, "expert_ids_schema.num_layers is 0; it"),
+    "odd layers": (response(), {"moe_layers": 3}, "moe_layers is 3; it must be a list of layer numbers"),
+    "odd limit": (response(), {"max_bytes": "2G"}, "options.max_bytes is '2G'; it must be a whole number of at least 1"),
     "no tokens": (response([], prompt=1), {}, "no token's routing is known"),
     "huge layers": (response(), {"layers": 10**9}, "options.layers is 1000000000; it must be at most 32768"),
 }

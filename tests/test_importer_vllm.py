@@ -192,6 +192,7 @@ def test_a_truncated_file_is_refused(path, keep):
 def test_a_file_above_the_limit_is_refused(path):
     path.write_text(json.dumps(response()))
     assert "more than 10; raise max_bytes" in refusal(path, "vllm", experts=6, max_bytes=10)
+    assert "options.max_bytes is '2G'" in refusal(path, "vllm", experts=6, max_bytes="2G")
 
 
 def test_the_command_says_it_in_a_sentence(path, capsys):

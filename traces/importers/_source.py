@@ -55,6 +55,7 @@ def read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, str]]:
 
 def check_file(path: Path, max_bytes: int) -> None:
     """Raise `InputError` unless the file can be read, holds something, and is within `max_bytes`."""
+    whole(path, "options.max_bytes", max_bytes, least=1)
     if path.is_dir():
         raise InputError(f"{path}: this is a folder; a recording is one file")
     if not path.exists():

@@ -42,7 +42,7 @@ def read(path: Path, *, model_name: str | None = None, max_bytes: int = 2**31) -
 
     Raises `InputError` when the archive is damaged, hostile, incomplete or inconsistent.
     """
-    with NpzArchive(path, max_bytes) as archive:
+    with NpzArchive(path, whole(path, "options.max_bytes", max_bytes, least=1)) as archive:
         about = _read_about(archive)
         offsets = _read_offsets(archive)
         model = _model(archive, about, model_name)

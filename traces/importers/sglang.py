@@ -27,7 +27,7 @@ import numpy as np
 
 from traces.errors import InputError
 from traces.importers._responses import Request, Response, choose_layers, count, field, from_base64, read_responses, trace_of
-from traces.importers._source import MAX_BYTES, MOST_LAYERS, given, given_experts, imported
+from traces.importers._source import MAX_BYTES, MOST_LAYERS, given, given_experts, imported, whole
 from traces.trace import Trace
 
 
@@ -67,7 +67,7 @@ def read(
         "layers": layers,
         "top_k": top_k,
         "model_name": model_name,
-        "moe_layers": moe_layers and list(moe_layers),
+        "moe_layers": moe_layers,
     }
     return trace_of(path, model_name or path.stem, experts, requests, imported(path, __name__, unknown, options))
 
@@ -77,8 +77,8 @@ def _request(
 ) -> Request:
     where = f"{where}: meta_info"
     schema = field(path, where, meta, "expert_ids_schema", dict) if "expert_ids_schema" in meta else {}
-    layers = given(path, "layers", schema.get("num_layers", layers), "how many layers it lists", most=MOST_LAYERS)
-    top_k = given(path, "top_k", schema.get("top_k", top_k), "how many experts a token uses", most=MOST_LAYERS)
+    layers = _said(path, where, schema, "num_layers", "layers", layers, "how many layers it lists")
+    top_k = _said(path, where, schema, "top_k", "top_k", top_k, "how many experts a token uses")
     prompt = count(path, where, meta, "prompt_tokens")
     tokens = max(prompt + count(path, where, meta, "completion_tokens") - 1, 0)
     at = f"{where}.routed_experts"
@@ -93,3 +93,13 @@ def _request(
     if (chosen < 0).any():
         raise InputError(f"{path}: {at} holds {chosen[chosen < 0][0]}; an expert is a number from 0")
     return Request(at, chosen, first=0, prompt=min(prompt, tokens))
+
+
+def _said(path: Path, where: str, schema: Response, name: str, option: str, value: int | None, meaning: str) -> int:
+    """Return what the schema says as `name`, or else the option `option`; where both speak they must agree."""
+    if name not in schema:
+        return given(path, option, value, meaning, most=MOST_LAYERS)
+    said = whole(path, f"{where}.expert_ids_schema.{name}", schema[name], least=1, most=MOST_LAYERS)
+    if value is not None and value != said:
+        raise InputError(f"{path}: options.{option} is {value!r:.80}; {where}.expert_ids_schema.{name} is {said}")
+    return said

@@ -73,7 +73,7 @@ def read(
         path,
         __name__,
         unknown if said_name else (*unknown, "name of the model"),
-        {"experts": experts, "model_name": model_name, "moe_layers": moe_layers and list(moe_layers)},
+        {"experts": experts, "model_name": model_name, "moe_layers": moe_layers},
         cached_tokens_left_out=cached,
     )
     return trace_of(path, model_name or said_name or path.stem, experts, requests, provenance)
