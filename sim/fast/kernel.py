@@ -90,7 +90,7 @@ def run_part(runs: Any, stop: Any) -> Any:
     return run.now + 1
 
 
-@njit
+@njit(forceinline=True)
 def _serve_event(run: Any, gate_end: Any) -> None:
     """Decide, load and compute the experts of one (step, layer)."""
     if run.release_ns != NEVER:
@@ -294,7 +294,7 @@ def _end_event(run: Any) -> None:
 # ---- prediction --------------------------------------------------------------------------------------------------
 
 
-@njit
+@njit(forceinline=True)
 def _predict(run: Any) -> None:
     """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
     step = step_of(run)
@@ -386,7 +386,7 @@ def _start_transfer(
     return True
 
 
-@njit
+@njit(forceinline=True)
 def _take_slot(
     run: Any,
     key: Any,

@@ -297,6 +297,7 @@ def keep(state: Any, memory: Any, size: Any) -> Any:
 def bind(entries: Callable[..., Any], cls: type, state: Any, table: Any) -> Any:
     """Compile `entries` of a policy `cls`, let it write their addresses into `table`, and return the memory of `state`.
 
+    That memory holds addresses of the state's arrays: the caller keeps both alive for as long as the entries are called.
     Raises ValueError for a state that is too large, and whatever numba raises for what it cannot compile.
     """
     memory = np.zeros(2048, np.int64)

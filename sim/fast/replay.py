@@ -58,13 +58,15 @@ def fast_misses(policy: Any, setting: Setting, events: Events) -> int | None:
         events.keys,
     )
     table = np.zeros(2, np.int64)
+    state = (policy, slots, make_members(setting, policy, extra=most))
     try:
-        memory = bind(bind_replay, type(policy), (policy, slots, make_members(setting, policy, extra=most)), table)
+        memory = bind(bind_replay, type(policy), state, table)
     except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
         not_compiled.add(type(policy))
         return None
     single = most == 1 and setting.pools == 1 and len(events.keys) == events.total and setting.capacity[0] > 0
     misses = int(compiled(run_entry)(table[int(single)], memory.ctypes.data))
+    del state  # no sooner: the loop had the addresses of its arrays only
     if misses == FAILED:
         raise PolicyRaised("a compiled policy raised an exception; replay with engine='reference' shows which")
     if misses < 0:
