@@ -115,6 +115,7 @@ def numbers_matter(reason: str) -> Callable[[_Policy], _Policy]:
 class Seen(NamedTuple):
     """One event as a real system sees it, right after the router of its layer ran.
 
+    The arrays are whoever runs the policy's own: a method reads them and keeps none.
     Arrays that the trace lacks have zero rows. Expert ids are -1 where a token used fewer than K.
     """
 
