@@ -145,7 +145,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     experts_at, places_at, holds_at = run.experts_at, run.places_at, run.holds_at
     hits_at, misses_at = run.hits_at, run.misses_at
     run.held = stop - start
-    hits = awaited = absent = present_ns = total_ns = 0
+    hits = awaited = absent = late = useful = present_ns = total_ns = 0
     for index in range(start, stop):
         key = number(keys_at, index, INT32)
         takes = number(expert_ns_at, number(tokens_at, index, INT32), INT64)
@@ -165,12 +165,12 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
         awaited += in_flight
         present_ns += (resident - in_flight) * takes
         total_ns += takes
-        if expert.unused >= 0:
-            expert.unused = NOTHING
-            if expert.transfer != NONE:
-                run.late_bytes += run.expert_bytes
-            else:
-                run.useful_bytes += run.expert_bytes
+        first_use = int(expert.unused >= 0)
+        expert.unused = NOTHING
+        late += first_use & in_flight
+        useful += first_use & (1 - in_flight)
+    run.late_bytes += late * run.expert_bytes
+    run.useful_bytes += useful * run.expert_bytes
     if run.logging:
         for index in range(hits):
             key = number(run.hits_at, index, INT32)
@@ -327,7 +327,8 @@ def _predict(run: Any) -> None:
         event = coming(run, ahead)
         event.first_key = first_key
         predicted = max(event.predicted, 0)
-        cells_at, experts_at, ids_at = event.cells_at, run.experts_at, run.ids_at
+        cells_at, experts_at, places_at, ids_at = event.cells_at, run.experts_at, run.places_at, run.ids_at
+        wanted = 0
         for index in range(taken):
             chosen = number(ids_at, index, INT64)
             if chosen < 0 or chosen >= run.experts:
@@ -339,9 +340,14 @@ def _predict(run: Any) -> None:
                 entry.predicted = True
                 record(cells_at, predicted, CELL).choice = chosen
                 predicted += 1
-            expert = record(experts_at, first_key + chosen, EXPERT)
-            if (int(expert.resident) | expert.transfer) == NONE:
-                _queue(run, first_key + chosen, run.now + ahead, False)
+            key = first_key + chosen
+            expert = record(experts_at, key, EXPERT)
+            record(places_at, wanted, PLACE).wanted = key
+            wanted += int((int(expert.resident) | expert.transfer) == NONE)
+        for index in range(wanted):
+            key = record(places_at, index, PLACE).wanted
+            if expert_of(run, key).transfer == NONE:  # the predictor may have named it twice
+                _queue(run, key, run.now + ahead, False)
         event.predicted = predicted
 
 

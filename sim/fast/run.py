@@ -21,7 +21,7 @@ from sim.fast.unions import widen_halves
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
-PART = 1 << 15
+PART = 1 << 16
 """Routed tokens times layers of one part of a run: what is copied of a trace at a time."""
 
 LOG_ROOM = 1 << 16
@@ -139,14 +139,14 @@ class _FastRun:
         trace: Any = self.workload.trace
         needs = self.system.composition.needs
         layers = self.system.setting.layers
-        ranked, logits = np.zeros((0, layers, 0, 0), np.int8), np.zeros((0, layers, 0), np.float32)
+        ranked, values = np.zeros((0, layers, 0, 0), np.int8), np.zeros((0, layers, 0), np.float32)
         return Observed(
             experts=trace.experts[rows],
-            weights=self._wide("weights", trace.weights[rows]),
+            weights=self._wide("weights", trace.weights[rows]) if "weights" in needs else values,
             request=trace.request[rows].astype(np.int64),
             lookahead_experts=trace.lookahead_experts[rows] if "lookahead" in needs else ranked,
             lookahead_scores=self._wide("scores", trace.lookahead_scores[rows] if "lookahead" in needs else ranked),
-            router_logits=self._wide("logits", trace.router_logits[rows]) if "logits" in needs else logits,
+            router_logits=self._wide("logits", trace.router_logits[rows]) if "logits" in needs else values,
         )
 
     def _wide(self, name: str, values: Any) -> Any:

@@ -89,10 +89,12 @@ PLACE = np.dtype(
         ("held", np.int32),
         ("awaited", np.int32),
         ("demand", np.int32),
+        ("wanted", np.int32),
     ],
     align=True,
 )
-"""[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed)."""
+"""[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed),
+and what is to be prefetched for the event that is being predicted."""
 
 COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64), ("first_key", np.int64), ("cells_at", np.int64)])
 """[depth + 1] of a coming event: experts predicted (-1: no prediction), how many took a slot for it, its layer's first key,
