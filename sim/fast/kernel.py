@@ -14,6 +14,7 @@ from numba import njit
 from policies.contract import NEVER
 from policies.residency import AWAITED, FREE, HELD
 from sim.fast.hooks import REFUSED, ROOM
+from sim.fast.log import CANCEL, ENDS, EVICT, LANDED, LOADS, PREFETCHES, REFRESH, log_is_full, note, note_judged, note_train
 from sim.fast.native import FAILED, call
 from sim.fast.state import (
     CELL,
@@ -21,7 +22,6 @@ from sim.fast.state import (
     INT8,
     INT32,
     INT64,
-    LOG,
     NONE,
     PLACE,
     QUEUED,
@@ -50,10 +50,6 @@ END, GIVE_WAY = range(2)
 BY_EXCEPTION, BY_VICTIM, BY_PREDICTION, BY_HOLDING = 1, 2, 3, 4
 """What stopped a run: a policy raised, chose a victim that may not leave, predicted what is none, or kept every slot."""
 
-EVENTS = ("hit", "late_hit", "miss", "load", "prefetch", "refresh", "landed", "cancel", "evict", "end")
-"""Names of what is logged, by number."""
-HIT, LATE_HIT, MISS, LOADS, PREFETCHES, REFRESH, LANDED, CANCEL, EVICT, ENDS = range(len(EVENTS))
-
 
 def run_part(runs: Any, stop: Any) -> Any:
     """Run on to event `stop`, or until the log is full or a policy broke the contract; return the event to go on with.
@@ -62,7 +58,7 @@ def run_part(runs: Any, stop: Any) -> Any:
     """
     run = runs[0]
     while run.now + 1 < stop and not run.broken:
-        if run.logging and run.logged + 4 * run.keys + 2 * run.experts + 8 > run.log_room:
+        if log_is_full(run):
             break
         attention_ns = step_of(run).attention_ns
         # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
@@ -171,15 +167,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
         useful += first_use & (1 - in_flight)
     run.late_bytes += late * run.expert_bytes
     run.useful_bytes += useful * run.expert_bytes
-    if run.logging:
-        for index in range(hits):
-            key = number(run.hits_at, index, INT32)
-            if expert_of(run, key).transfer == NONE:
-                _note(run, run.time, HIT, key)
-        for index in range(awaited):
-            _note(run, run.time, LATE_HIT, place(run, index).awaited)
-        for index in range(absent):
-            _note(run, run.time, MISS, number(run.misses_at, index, INT32))
+    note_judged(run, hits, awaited, absent)
     if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
         run.broken = BY_EXCEPTION
     run.computed += total_ns
@@ -288,7 +276,7 @@ def _end_event(run: Any) -> None:
             if run.drop_unused_prefetches:
                 _evict(run, key, ns)
     this.prefetched = 0
-    _note(run, ns, ENDS, NOTHING)
+    note(run, ns, ENDS, NOTHING)
 
 
 # ---- prediction --------------------------------------------------------------------------------------------------
@@ -364,12 +352,12 @@ def _start_transfer(
     expert = expert_of(run, key)
     if expert.refresh:
         put(run.holds_at, key, HELD, INT8)
-        _note(run, ns, REFRESH, key)
+        note(run, ns, REFRESH, key)
         return True
     if not _take_slot(run, key, ns):
         run.cancelled += 1
         expert.transfer = NONE
-        _note(run, ns, CANCEL, key)
+        note(run, ns, CANCEL, key)
         return False
     put(run.holds_at, key, HELD, INT8)
     expert.resident = True
@@ -378,7 +366,7 @@ def _start_transfer(
     run.peak_slots = max(run.peak_slots, run.taken)
     if expert.demand:
         run.demand_bytes += run.expert_bytes
-        _note(run, ns, LOADS, key)
+        note(run, ns, LOADS, key)
     else:
         run.prefetches += 1
         expert.unused = target = transfer_of(run, key).target
@@ -388,7 +376,7 @@ def _start_transfer(
             expected.listed = True
             cell(event, event.prefetched).prefetched = key
             event.prefetched += 1
-        _note(run, ns, PREFETCHES, key)
+        note(run, ns, PREFETCHES, key)
     return True
 
 
@@ -461,7 +449,7 @@ def _forget(run: Any, key: Any, ns: Any) -> None:
     if expert.transfer != NONE:
         expert.transfer = NONE
         _unqueue(run, key)
-    _note(run, ns, EVICT, key)
+    note(run, ns, EVICT, key)
 
 
 @njit
@@ -471,7 +459,7 @@ def _give_up(run: Any, key: Any) -> None:
     started = expert.transfer == STARTED
     expert.transfer = NONE
     run.cancelled += 1
-    _note(run, run.time, CANCEL, key)
+    note(run, run.time, CANCEL, key)
     if started:
         expert.unused = -1
         moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
@@ -531,9 +519,7 @@ def _serve_demands(run: Any) -> None:
         compute = max(ns, compute) + record(places_at, key - first_key, PLACE).takes
         demand.landed_ns = ns
     run.compute, run.waited = compute, waited
-    if run.logging:
-        for index in range(run.demands):
-            _note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
+    note_train(run)
     run.outstanding -= run.demands
     run.demands = 0
     run.busy_ns += ns - run.time
@@ -600,7 +586,7 @@ def _land(run: Any, key: Any, ns: Any) -> None:
     """Make an expert usable, and note it where the event waits for it."""
     expert = expert_of(run, key)
     expert.transfer = NONE
-    _note(run, ns, LANDED, key)
+    note(run, ns, LANDED, key)
     if expert.refresh:
         run.refresh_bytes += run.expert_bytes
     if expert.demand:
@@ -671,11 +657,3 @@ def _close_step(run: Any, step: Any) -> None:
     step.hits, step.late_hits, step.misses = run.hits, run.late_hits, run.misses
     run.computed, run.waited, run.host_idle = 0, 0, 0
     run.hits, run.late_hits, run.misses = 0, 0, 0
-
-
-@njit(forceinline=True)
-def _note(run: Any, ns: Any, what: Any, key: Any) -> None:
-    if run.logging:
-        entry = record(run.log_at, run.logged, LOG)
-        entry.ns, entry.what, entry.key, entry.event = ns, what, key, run.now
-        run.logged += 1
