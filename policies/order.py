@@ -15,8 +15,8 @@ from policies.contract import Ints
 
 Links = npt.NDArray[np.uint32]
 """Half as wide as other numbers of a policy, since what every access follows should stay in the processor's nearest cache,
-and without a sign, since compiled code looks at an index with a sign twice: it may count from the end."""
-
+and without a sign, since compiled code looks at an index with a sign twice: it may count from the end. Compare them or use
+them as an index; a difference of two would have no sign either in compiled code."""
 
 NOWHERE = 2**32 - 1
 """No queue."""

@@ -169,7 +169,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     run.useful_bytes += useful * run.expert_bytes
     note_judged(run, hits, awaited, absent)
     if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
     run.computed += total_ns
     run.hits += hits - awaited
     run.late_hits += awaited
@@ -292,7 +292,8 @@ def _predict(run: Any) -> None:
     put(run.seen_at, 3, step.last_row, INT64)
     tokens = step.last_row - step.first_row
     if run.observe_entry and call(run.observe_entry, run.predictor_state, 0, 0, 0, 0) == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
+        return
     most = call(run.most_entry, run.prefetch_state, tokens, 0, 0, 0)
     for ahead in range(1, run.depth + 1):
         if run.now + ahead >= run.events:
@@ -300,11 +301,10 @@ def _predict(run: Any) -> None:
         count = call(run.predict_entry, run.predictor_state, ahead, min(most, run.experts), 0, 0) if most >= 0 else most
         taken = call(run.take_entry, run.prefetch_state, count, 0, 0, 0) if count > 0 and run.take_entry else count
         if most == FAILED or count == FAILED or taken == FAILED:
-            run.broken = BY_EXCEPTION
+            _stop(run, BY_EXCEPTION, NOTHING)
             return
         if count < 0 or count > min(most, run.experts) or taken < 0 or taken > count:
-            run.broken = BY_PREDICTION
-            run.broken_by = count if taken == count else taken
+            _stop(run, BY_PREDICTION, count if taken == count else taken)
             return
         if count == 0:
             continue
@@ -320,8 +320,7 @@ def _predict(run: Any) -> None:
         for index in range(taken):
             chosen = number(ids_at, index, INT64)
             if chosen < 0 or chosen >= run.experts:
-                run.broken = BY_PREDICTION
-                run.broken_by = chosen
+                _stop(run, BY_PREDICTION, chosen)
                 return
             entry = record(cells_at, chosen, CELL)
             if not entry.predicted:
@@ -343,11 +342,7 @@ def _predict(run: Any) -> None:
 
 
 @njit
-def _start_transfer(
-    run: Any,
-    key: Any,
-    ns: Any,
-) -> Any:
+def _start_transfer(run: Any, key: Any, ns: Any) -> Any:
     """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
     expert = expert_of(run, key)
     if expert.refresh:
@@ -381,11 +376,7 @@ def _start_transfer(
 
 
 @njit(forceinline=True)
-def _take_slot(
-    run: Any,
-    key: Any,
-    ns: Any,
-) -> Any:
+def _take_slot(run: Any, key: Any, ns: Any) -> Any:
     """Find a slot for `key`: a free one, or that of an expert that nothing needs; for a demand also one that was prefetched
     for a coming event, or that of a paused prefetch."""
     if run.time >= run.release_ns:
@@ -403,7 +394,7 @@ def _take_slot(
             ):
                 paused = transfer_of(run, paused).newer
             if paused == NOTHING:
-                run.broken = BY_HOLDING
+                _stop(run, BY_HOLDING, NOTHING)
                 return True
             _unqueue(run, paused)
             _give_up(run, paused)
@@ -412,7 +403,7 @@ def _take_slot(
     if leaving == REFUSED:
         return False
     if leaving == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
     elif limit != ROOM:
         if (
             leaving < 0
@@ -421,8 +412,7 @@ def _take_slot(
             or not expert_of(run, leaving).resident
             or number(run.holds_at, leaving, INT8) >= limit
         ):
-            run.broken = BY_VICTIM
-            run.broken_by = leaving
+            _stop(run, BY_VICTIM, leaving)
         else:
             _forget(run, leaving, ns)
     return True
@@ -432,7 +422,7 @@ def _take_slot(
 def _evict(run: Any, key: Any, ns: Any) -> None:
     """Take a slot away for another reason than to make room."""
     if call(run.evicted_entry, run.eviction_state, key, expert_of(run, key).pool, run.now, 0) == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
     _forget(run, key, ns)
 
 
@@ -444,7 +434,7 @@ def _forget(run: Any, key: Any, ns: Any) -> None:
     pool_of(run, expert.pool).taken -= 1
     run.taken -= 1
     if expert.unused >= 0:
-        expert.unused = -1
+        expert.unused = NOTHING
         run.wasted_bytes += run.expert_bytes
     if expert.transfer != NONE:
         expert.transfer = NONE
@@ -461,7 +451,7 @@ def _give_up(run: Any, key: Any) -> None:
     run.cancelled += 1
     note(run, run.time, CANCEL, key)
     if started:
-        expert.unused = -1
+        expert.unused = NOTHING
         moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
         if expert.refresh:
             run.refresh_bytes += moved
@@ -646,6 +636,13 @@ def _unqueue(run: Any, key: Any) -> None:
         run.newest = older
     else:
         transfer_of(run, newer).older = older
+
+
+@njit
+def _stop(run: Any, why: Any, over: Any) -> None:
+    """Note the first reason why the run cannot go on, and over which number."""
+    if not run.broken:
+        run.broken, run.broken_by = why, over
 
 
 # ---- counters ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class _FastRun:
         self.system, self.workload, self.costs, self.log = system, workload, costs, log
         self.steps = make_steps(workload, costs)
         self.tables = make_tables(system, logging=log is not None)
-        self.told = make_told(system.setting)
+        self.told = make_told(system.setting, self.tables["experts_at"]["resident"])
         self.hooks = Hooks(system, self.told, interpret=interpret)
         self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers, logging=log is not None)
         if log is not None:

@@ -52,8 +52,9 @@ RUN = np.dtype(
 )
 """One run: every single number of it."""
 
-LOGGED_RUN = np.dtype([*((name, np.int64) for name in (*(RUN.names or ()), "logged", "log_room", "log_at"))], align=True)
-"""One run that keeps a log: entries, room for them, and where they are."""
+LOGGED_RUN = np.dtype([(name, np.int64) for name in ("logged", "log_room", "log_at", *(RUN.names or ()))], align=True)
+"""One run that keeps a log: entries, room for them, and where they are. These stand first, or numba would take it for a RUN
+with something added and warn of that."""
 
 NONE, QUEUED, STARTED = 0, 1, 2
 """What an expert's transfer is: there is none; it waits for the link; it has moved a chunk, or is about to."""
