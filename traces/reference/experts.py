@@ -44,16 +44,17 @@ def register_training_experts(activation: Activation) -> None:
 
 
 def sort_by_expert(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return how [T, K] expert ids are grouped by expert.
+    """Return how [T, K] expert ids are grouped by expert; there may be 256 experts.
 
     The first result, [T K], is the pair (token, rank) at each place of the grouped order; the second, [T K],
     the place of each pair; the third, [E] int32, the places at which the groups end.
     """
-    grouped, order = torch.sort(ids.reshape(-1).to(torch.int16), stable=True)
+    # A byte holds the number of any expert here, and sorts fastest.
+    grouped, order = torch.sort(ids.reshape(-1).to(torch.uint8), stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    numbers = torch.arange(experts, device=order.device, dtype=torch.int16)
-    ends = torch.searchsorted(grouped, numbers, right=True, out_int32=True)
+    numbers = torch.arange(experts, device=order.device, dtype=torch.int32)
+    ends = torch.searchsorted(grouped.to(torch.int32), numbers, right=True, out_int32=True)
     return order, place, ends
 
 

@@ -40,9 +40,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Recording:
-    """What is recorded of a trained model. One round is one request of each domain, decoded as one batch."""
+    """What is recorded of a trained model. One round is one request of each domain."""
 
     rounds: int = 4
+    rounds_per_batch: int = 2
+    """Decoded together. A batch is begun only when there is time to end it."""
     prompt_tokens: int = 64
     """Of held-out text."""
     sampled_tokens: int = 256
@@ -51,6 +53,7 @@ class Recording:
     """Layers of lookahead."""
     predictions: int = 16
     """Experts ranked by each lookahead."""
+    residual_cosine: bool = True
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def train_tokenizer(texts: Path, domains: Sequence[str], out: Path, vocabulary: 
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ModuleNotFoundError:
-        raise InputError("training a tokenizer needs the package tokenizers; pip install 'foregate[real]' brings it") from None
+        raise InputError(
+            "training a tokenizer needs the package tokenizers; pip install 'foregate[real]' brings it"
+        ) from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,3 +55,11 @@ def sample(texts: Sequence[str], characters: int = CHARACTERS_PER_DOMAIN) -> Ite
         stride = PIECE * max(1, len(text) // characters)
         for start in range(0, len(text), stride):
             yield text[start : start + PIECE]
+
+
+def vocabulary_of(path: Path) -> int:
+    """Return how many ids the tokenizer at `path` has."""
+    from tokenizers import Tokenizer
+
+    size: int = Tokenizer.from_file(str(path)).get_vocab_size()
+    return size

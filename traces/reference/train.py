@@ -79,10 +79,12 @@ def train(model: Any, reference: ReferenceModel, tokens: PackedTokens, until: fl
         norm = _update(parameters, masters, optimizer)
         step += 1
         if step == 1 or step % _LOG_EVERY == 0:
-            log.append([step, round(time.monotonic() - started, 1), *(round(float(value), 4) for value in (*losses, norm))])
+            log.append(
+                [step, round(time.monotonic() - started, 1), *(round(float(value.detach()), 4) for value in (*losses, norm))]
+            )
             if not math.isfinite(log[-1][2]):
                 raise InputError(f"{reference.name}: the loss is {log[-1][2]} at step {step}; lower training.peak_rate")
-            print(f"step {step}: loss {log[-1][2]:.3f}, {log[-1][1]:.0f} s", flush=True)  # noqa: T201
+            print(f"step {step}: loss {log[-1][2]:.3f}, {log[-1][1]:.0f} s", flush=True)
     _wait(device)
     seconds = time.monotonic() - started
     layers.close()
@@ -172,7 +174,9 @@ class _Batches:
         }
         for domain, text in self._text.items():
             if len(text) <= 2 * settings.sequence:
-                raise InputError(f"{tokens.folder}: '{domain}' has {len(text)} tokens; train on above {2 * settings.sequence}")
+                raise InputError(
+                    f"{tokens.folder}: '{domain}' has {len(text)} tokens; train on above {2 * settings.sequence}"
+                )
         self._settings = settings
         self._rng = np.random.default_rng(seed)
         self._left: dict[str, list[int]] = {domain: [] for domain in self._text}
