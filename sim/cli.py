@@ -178,10 +178,14 @@ def _trace_inspect(words: list[str]) -> int:
     if tokens is not None:
         trace = traces.take_tokens(trace, tokens)
     found = traces.inspect_trace(trace, seed=config["seed"])
+    evidence = traces.find_evidence(trace, config["seed"]) if config["evidence"] else None
     if config["json"]:
-        print(json.dumps(found.as_json(), indent=1))  # noqa: T201
-    else:
-        _out().print(traces.render_statistics(found))
+        shown = found.as_json() if evidence is None else {**found.as_json(), "evidence": evidence.as_json()}
+        print(json.dumps(shown, indent=1))  # noqa: T201
+        return 0
+    _out().print(traces.render_statistics(found))
+    if evidence is not None:
+        _out().print(traces.render_evidence(evidence))
     return 0
 
 

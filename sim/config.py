@@ -31,6 +31,7 @@ _TYPES = {
     "plugins": ((list,), "a list of packages, such as [mine]"),
     "results": ((str,), "a folder"),
     "json": ((bool,), "true or false"),
+    "evidence": ((bool,), "true or false"),
     "source": ((str,), "a file"),
     "format": ((str,), "a text"),
     "out": ((str, type(None)), "a file"),

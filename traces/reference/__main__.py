@@ -94,7 +94,8 @@ def _evidence(arguments: argparse.Namespace, _began: float) -> None:
         ("its first round", find_evidence(parts[0])),
         ("untrained, same tokens", find_evidence(control)),
     ]
-    Console().print(render_summary(found))
+    # Wide enough for the table where it is not a terminal.
+    Console(width=None if sys.stdout.isatty() else 130).print(render_summary(found))
 
 
 def _chosen(arguments: argparse.Namespace) -> ReferenceModel:

@@ -54,7 +54,7 @@ def train(model: Any, reference: ReferenceModel, tokens: PackedTokens, until: fl
     Returns what happened: ``tokens``, ``steps``, ``seconds``, ``tokens_per_second``, ``epochs`` of each domain begun,
     ``activation`` and the ``log``, whose columns are ``log_columns``.
 
-    Raises `InputError` when a domain has too few tokens for one sequence.
+    Raises `InputError` when a domain has too few tokens, when no time is left, or when the loss is no number any more.
     """
     settings = reference.training
     device = next(model.parameters()).device
@@ -85,6 +85,8 @@ def train(model: Any, reference: ReferenceModel, tokens: PackedTokens, until: fl
             if not math.isfinite(log[-1][2]):
                 raise InputError(f"{reference.name}: the loss is {log[-1][2]} at step {step}; lower training.peak_rate")
             print(f"step {step}: loss {log[-1][2]:.3f}, {log[-1][1]:.0f} s", flush=True)
+    if step == 0:
+        raise InputError(f"{reference.name}: no time is left to train; let training end later")
     _wait(device)
     seconds = time.monotonic() - started
     layers.close()
