@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from builders import make_trace
 
-from traces import InputError, load_trace, save_trace
+from traces import InputError, bundled, load_trace, save_trace
 from traces.reference.__main__ import main
 from traces.reference.bundle import bundle, read_run
 from traces.reference.models import MODELS, reference_model, tiny
@@ -296,6 +296,16 @@ def test_a_part_that_is_too_large_leaves_the_old_one(ran, tmp_path):
     with pytest.raises(InputError, match=r"part\.safetensors: it would have [\d,]+ bytes and may have 10"):
         bundle(replace(reference, bundled=replace(reference.bundled, most_bytes=10)), folder, target)
     assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", sorted(bundled()))
+def test_a_bundled_recording_is_what_the_recipe_says(name):
+    reference, trace = reference_model(name), load_trace(bundled()[name])
+    assert bundled()[name].stat().st_size <= reference.bundled.most_bytes
+    assert (trace.model.name, trace.model.layers) == (reference.title, reference.layers)
+    assert trace.tokens == 7 * reference.bundled.rounds * reference.bundled.tokens
+    assert set(trace.domains) == set(DOMAINS) == set(trace.provenance.details["held_out_loss_nats_per_token"])
+    assert trace.lookahead_experts.shape[2:] == (reference.recording.depth, reference.recording.predictions)
 
 
 # --- the command ----------------------------------------------------------------------------------------
