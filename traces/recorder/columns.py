@@ -50,8 +50,7 @@ class GrowingColumns:
             if self.folder.exists():
                 self._take_up()
             else:
-                self.folder.mkdir()
-                self._write_record()
+                self._begin()
             for name in self.columns:
                 self._files[name] = self._path(name).open("ab")
                 self._files[name].truncate(self.rows * self._row_bytes(name))
@@ -82,7 +81,7 @@ class GrowingColumns:
                 file.flush()
                 os.fsync(file.fileno())
             self.batches, self.steps = self.batches + 1, steps
-            self._write_record()
+            self._write_record(self.folder)
 
     def read(self, start: int = 0) -> dict[str, Array]:
         """Return the rows appended since `start`, mapped read-only from the files."""
@@ -93,6 +92,14 @@ class GrowingColumns:
             name: np.memmap(self._path(name), dtype, "r", shape=(self.rows, *shape))[start:]
             for name, (dtype, shape) in self.columns.items()
         }
+
+    def _begin(self) -> None:
+        # Renamed into place, so that a kill leaves no folder without its record.
+        unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        self._write_record(unfinished)
+        os.replace(unfinished, self.folder)
 
     def _take_up(self) -> None:
         record = read_record(self.folder)
@@ -110,14 +117,14 @@ class GrowingColumns:
                     f" remove {self.folder} and record again"
                 )
 
-    def _write_record(self) -> None:
+    def _write_record(self, folder: Path) -> None:
         record = {"settings": self.settings, "rows": self.rows, "batches": self.batches, "steps": self.steps}
-        unfinished = self.folder / f"{_RECORD}.unfinished"
+        unfinished = folder / f"{_RECORD}.unfinished"
         with unfinished.open("w") as file:
             json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, self.folder / _RECORD)
+        os.replace(unfinished, folder / _RECORD)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.raw"
