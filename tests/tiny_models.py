@@ -103,4 +103,6 @@ def tiny_model(architecture: str, **changes: object) -> transformers.PreTrainedM
                 tensor.copy_(0.1 * torch.randn_like(tensor))
             elif "embed" in name or ".gate." in name or ".router." in name:
                 tensor.copy_(torch.randn_like(tensor))
+            elif ".experts." in name:
+                tensor.copy_(0.3 * torch.randn_like(tensor))
     return model

@@ -46,7 +46,7 @@ class GrowingColumns:
         self._files: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> GrowingColumns:
-        with self._said():
+        with self.said():
             if self.folder.exists():
                 self._take_up()
             else:
@@ -66,7 +66,7 @@ class GrowingColumns:
 
     def append(self, rows: Mapping[str, Array]) -> None:
         """Append rows: one array per column, all of one length, in the columns' types."""
-        with self._said():
+        with self.said():
             for name, (dtype, shape) in self.columns.items():
                 array = rows[name]
                 assert array.dtype == dtype, (name, array.dtype)
@@ -76,7 +76,7 @@ class GrowingColumns:
 
     def commit(self, steps: int) -> None:
         """Make everything appended so far count, as one more batch; `steps` forward passes are recorded by now."""
-        with self._said():
+        with self.said():
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
@@ -85,7 +85,7 @@ class GrowingColumns:
 
     def read(self, start: int = 0) -> dict[str, Array]:
         """Return the rows appended since `start`, mapped read-only from the files."""
-        with self._said():
+        with self.said():
             for file in self._files.values():
                 file.flush()
         return {
@@ -134,7 +134,7 @@ class GrowingColumns:
         return dtype.itemsize * int(np.prod(shape))
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
+    def said(self) -> Iterator[None]:
         """Turn a refusal of the disk into the sentence that says what is kept."""
         try:
             yield

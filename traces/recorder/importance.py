@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from traces.errors import InputError
-from traces.recorder.layers import MoELayer
+from traces.recorder.layers import MoELayer, input_device
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +60,9 @@ def find_residuals(
 
     calls: dict[int, dict[str, Any]] = {index: {"inputs": []} for index in range(len(layers))}
     handles = [handle for index, layer in enumerate(layers) for handle in _watch(layer, calls[index])]
-    device = next(p.device for p in model.get_input_embeddings().parameters())  # type: ignore[operator]
     try:
         with torch.no_grad():
-            model(input_ids=torch.tensor([list(token_ids)], device=device), use_cache=False)
+            model(input_ids=torch.tensor([list(token_ids)], device=input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -69,6 +69,18 @@ def expert_count(experts: torch.nn.Module) -> int:
     return int(next(experts.parameters()).shape[0])
 
 
+def input_device(model: Any) -> torch.device:
+    """Return the device on which the model wants its token ids."""
+    embedding = next(model.get_input_embeddings().parameters())
+    if embedding.device.type != "meta":
+        return embedding.device  # type: ignore[no-any-return]
+    # Parameters that are kept off the device until they are used: the model's hooks move the inputs.
+    kept = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    import torch
+
+    return next(kept, torch.device("cpu"))
+
+
 def model_spec(model: torch.nn.Module, name: str, layers: list[MoELayer], top_k: int, kv_bytes: int | None) -> ModelSpec:
     """Describe the model: bytes are counted from the parameters themselves, as they lie in memory."""
     experts = expert_count(layers[0].experts)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from traces.errors import InputError
-from traces.recorder.layers import MoELayer, expert_count
+from traces.recorder.layers import MoELayer, expert_count, input_device
 from traces.recorder.routers import Choice, RouterCall, RouterFacts, choose, ids_in, logits_in, selects
 
 if TYPE_CHECKING:
@@ -58,11 +58,10 @@ def probe(
     import torch
 
     tokens = list(token_ids)[:PROBE_TOKENS]
-    device = next(p.device for p in model.get_input_embeddings().parameters())  # type: ignore[operator]
     order: list[int] = []
     seen = [_Seen() for _ in layers]
     with _watching(layers, seen, order), torch.no_grad():
-        output = model(input_ids=torch.tensor([tokens], device=device), use_cache=True)
+        output = model(input_ids=torch.tensor([tokens], device=input_device(model)), use_cache=True)
     _check_calls(name, layers, seen, order)
     counts = [_check_routing(name, layer, calls, len(tokens)) for layer, calls in zip(layers, seen, strict=True)]
     facts = None
