@@ -56,7 +56,13 @@ ARCHITECTURES = {
     "glm4_moe": ("Glm4MoeConfig", {**_GROUPS, **_DENSE_FIRST, "head_dim": 8}),
     "ernie4_5_moe": (
         "Ernie4_5_MoeConfig",
-        {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 24,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
     ),
     "phimoe": ("PhimoeConfig", _EIGHT_LOCAL),
     "gpt_oss": ("GptOssConfig", {**_EIGHT_LOCAL, "head_dim": 8, "sliding_window": 16}),

@@ -1,4 +1,4 @@
-"""What the router chose: the trace format, importers, a generator, statistics and bundled recordings."""
+"""What the router chose: the trace format, a recorder, importers, a generator, statistics and bundled recordings."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from traces.checks import validate_trace
 from traces.errors import InputError
 from traces.files import content_hash, load_trace, save_trace
 from traces.importers import import_trace, importers
+from traces.recorder import RecordOptions, record
 from traces.slices import slice_requests, take_tokens
 from traces.statistics import TraceStatistics, inspect_trace, render_statistics
 from traces.synthetic import CALIBRATED, Recipe, synthesize
@@ -19,6 +20,7 @@ __all__ = [
     "ModelSpec",
     "Provenance",
     "Recipe",
+    "RecordOptions",
     "Trace",
     "TraceStatistics",
     "bundled",
@@ -27,6 +29,7 @@ __all__ = [
     "importers",
     "inspect_trace",
     "load_trace",
+    "record",
     "render_statistics",
     "save_trace",
     "slice_requests",

@@ -5,6 +5,6 @@ Needs torch and transformers, which are imported when a recording begins and not
 
 from traces.recorder.options import RecordOptions
 from traces.recorder.prompts import Prompt, read_prompts
-from traces.recorder.record import record
+from traces.recorder.recording import record
 
 __all__ = ["Prompt", "RecordOptions", "read_prompts", "record"]

@@ -32,9 +32,18 @@ class BatchRows:
         self.steps = first_step
         """The step of the next pass; a pass of which nothing is recorded is none."""
         self._fed = self.lengths.copy()
+        self._prefilled = False
 
-    def prefill(self, seen: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the rows of the prefill pass; `seen` has a row for every token and padding of the batch."""
+    def passes(self, seen: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+        """Yield the rows of each pass in `seen`: first the prefill alone, then any number of decode passes at a time."""
+        if self._prefilled:
+            yield from self._decode(seen)
+        else:
+            self._prefilled = True
+            yield self._prefill(seen)
+
+    def _prefill(self, seen: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the rows of the prefill; `seen` has a row for every token and every padding of the batch."""
         width = int(self.lengths.max())
         real = np.arange(width) >= width - self.lengths[:, None]
         request, column = np.nonzero(real)
@@ -42,7 +51,7 @@ class BatchRows:
         position = column - (width - self.lengths[request])
         return self._described(rows, request, position, PREFILL)
 
-    def decode(self, seen: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    def _decode(self, seen: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         """Yield the rows of each of several decode passes; `seen` has a row for every request of each pass."""
         requests = len(self.lengths)
         for start in range(0, len(seen["token_ids"]), requests):

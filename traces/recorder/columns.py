@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,7 +59,7 @@ class GrowingColumns:
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             # What a full disk refused is refused again; it did not count, and the error that matters is on its way.
-            with _ignoring_refusal():
+            with suppress(OSError):
                 file.close()
         if self.batches == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -106,7 +106,8 @@ class GrowingColumns:
         differing = differing_setting(record["settings"], self.settings)
         if differing:
             raise InputError(
-                f"{self.folder}: this recording was begun with other settings: {differing}; finish it with those, or remove it"
+                f"{self.folder}: this recording was begun with other settings: {differing};"
+                " finish it with those, or remove it"
             )
         self.rows, self.batches, self.steps = record["rows"], record["batches"], record["steps"]
         for name in self.columns:
@@ -155,7 +156,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         record = None
     if not isinstance(record, dict) or set(record) != {"settings", "rows", "batches", "steps"}:
-        raise InputError(f"{folder}: this is no recording in progress (there is no sound {_RECORD}); remove it or move it away")
+        raise InputError(
+            f"{folder}: this is no recording in progress (there is no sound {_RECORD}); remove it or move it away"
+        )
     return record
 
 
@@ -165,11 +168,3 @@ def differing_setting(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if before.get(name) != now.get(name):
             return f"{name} was {before.get(name)!r:.80} and is now {now.get(name)!r:.80}"
     return ""
-
-
-@contextmanager
-def _ignoring_refusal() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass

@@ -76,7 +76,7 @@ def check_lengths(model: Any, name: str, prompts: Sequence[Sequence[int]], place
     limit = getattr(config, "max_position_embeddings", None)
     for prompt, place in zip(prompts, places, strict=True):
         if max(prompt) >= vocabulary:
-            raise InputError(f"{place}: the token {max(prompt)} is unknown to {name}, whose tokens are 0 to {vocabulary - 1}")
+            raise InputError(f"{place}: the token {max(prompt)} is unknown to {name}; its tokens are 0 to {vocabulary - 1}")
         if limit is not None and len(prompt) + new_tokens > limit:
             raise InputError(
                 f"{place}: {len(prompt)} tokens and new_tokens={new_tokens} are more than the {limit} positions of {name};"

@@ -73,7 +73,7 @@ def input_device(model: Any) -> torch.device:
     """Return the device on which the model wants its token ids."""
     embedding = next(model.get_input_embeddings().parameters())
     if embedding.device.type != "meta":
-        return embedding.device  # type: ignore[no-any-return]
+        return embedding.device
     # Parameters that are kept off the device until they are used: the model's hooks move the inputs.
     kept = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
     import torch

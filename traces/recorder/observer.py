@@ -1,8 +1,8 @@
 """Hooks that read what each MoE layer does in a forward pass, and change nothing.
 
-While the pass runs, tensors stay where they are: nothing is copied to the host and nothing waits for the device. Per pass
-and array there is one tensor, [T, L, ...] for all rows of the pass, padding included; `Observer.collect` turns those of several
-passes into the arrays of a trace, in one copy to the host.
+While the pass runs, tensors stay where they are: nothing is copied to the host and nothing waits for the device. Per
+pass and array there is one tensor, [T, L, ...] for all rows of the pass, padding included; `Observer.collect` turns those of
+several passes into the arrays of a trace, in one copy to the host.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Observer:
     def columns(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Return the type and the shape of one token's row of every array that is observed."""
         layers, ids, wanted = len(self.layers), expert_dtype(self.experts), self.wanted
-        found = {
+        found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "experts": (ids, (layers, self.top_k)),
             "weights": (np.dtype(np.float32), (layers, self.top_k)),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from traces.errors import InputError
@@ -46,7 +47,13 @@ class _Seen:
 
 
 def probe(
-    model: torch.nn.Module, name: str, layers: Sequence[MoELayer], token_ids: Sequence[int], *, routers: bool, lookahead: bool
+    model: torch.nn.Module,
+    name: str,
+    layers: Sequence[MoELayer],
+    token_ids: Sequence[int],
+    *,
+    routers: bool,
+    lookahead: bool,
 ) -> Findings:
     """Run the first tokens of a prompt through the model and check what the experts are given.
 
@@ -114,7 +121,7 @@ def _check_calls(name: str, layers: Sequence[MoELayer], seen: Sequence[_Seen], o
             often = "not called" if not calls.experts else f"called {len(calls.experts)} times"
             raise InputError(f"{name}: {layer.name} was {often} in one pass; each layer's experts must be called once")
     if list(order) != sorted(order):
-        late = next(b for a, b in zip(order, order[1:], strict=False) if b < a)
+        late = next(b for a, b in pairwise(order) if b < a)
         raise InputError(f"{name}: {layers[late].name} was called after a later layer; layers must be called in order")
 
 

@@ -80,9 +80,9 @@ def _from_json(place: str, line: str) -> Prompt:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: this is not JSON ({error}); write {{\"prompt\": TEXT}}") from None
+        raise InputError(f'{place}: this is not JSON ({error}); write {{"prompt": TEXT}}') from None
     if not isinstance(found, dict):
-        raise InputError(f"{place}: this is no JSON object; write {{\"prompt\": TEXT}}")
+        raise InputError(f'{place}: this is no JSON object; write {{"prompt": TEXT}}')
     for field in found:
         if field not in _FIELDS:
             raise InputError(f"{place}: unknown field '{field}'; {nearest(field, _FIELDS)}")

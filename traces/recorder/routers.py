@@ -1,10 +1,10 @@
 """A router asked what it would choose: its own selection, and how it ranks the experts that it does not choose.
 
-A router returns its k experts and no more, and what it ranks by is its own affair: logits, probabilities, sigmoid scores with
-a bias, with some groups of experts excluded. It is found out by watching: the tensor over all experts of which the router
-takes its top k is its *selection score*. A router that takes no top k itself, but leaves it to its caller or to another
-search, is taken to select by its logits. Either is believed only if every routed expert of a real pass has at least the score
-of every other expert; otherwise the model is refused.
+A router returns its k experts and no more, and what it ranks by is its own affair: logits, probabilities, sigmoid scores
+with a bias, with some groups of experts excluded. It is found out by watching: the tensor over all experts of which the
+router takes its top k is its *selection score*. A router that takes no top k itself, but leaves it to its caller or to
+another search, is taken to select by its logits. Either is believed only if every routed expert of a real pass has at least
+the score of every other expert; otherwise the model is refused.
 """
 
 from __future__ import annotations

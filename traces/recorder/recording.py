@@ -11,8 +11,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from traces.checks import validate_trace
 from traces.errors import InputError
 from traces.files import load_trace, save_trace
@@ -20,13 +18,13 @@ from traces.recorder.batches import TOKEN_COLUMNS, BatchRows
 from traces.recorder.columns import GrowingColumns, differing_setting
 from traces.recorder.generation import check_lengths, end_tokens, forward_passes
 from traces.recorder.importance import find_residuals
-from traces.recorder.layers import MoELayer, expert_count, model_spec, moe_layers
+from traces.recorder.layers import expert_count, model_spec, moe_layers
 from traces.recorder.loading import describe, encoder, foregate_version, load_encoder, load_model, require_packages
 from traces.recorder.observer import Observer, PendingRows, Wanted
 from traces.recorder.options import RecordOptions
 from traces.recorder.probe import PROBE_TOKENS, Findings, probe
 from traces.recorder.prompts import Prompt, digest, read_prompts, tokenize
-from traces.trace import ModelSpec, Provenance, Trace
+from traces.trace import Provenance, Trace
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +77,8 @@ def record(
         loaded, name = model, name or str(getattr(model.config, "model_type", type(model).__name__))
         encode = None if tokenizer is None else encoder(tokenizer)
     token_ids = [ids[: options.max_prompt_tokens] for ids in tokenize(asked, encode)]
-    source = f"{name}, prompts {Path(prompts).name}" if isinstance(prompts, (str, PathLike)) else f"{name}, prompts in memory"
-    return _Recording(loaded, name, asked, token_ids, out, options, source, progress).run()
+    where = Path(prompts).name if isinstance(prompts, (str, PathLike)) else "in memory"
+    return _Recording(loaded, name, asked, token_ids, out, options, f"{name}, prompts {where}", progress).run()
 
 
 class _Recording:
@@ -135,7 +133,9 @@ class _Recording:
     def _check_lookahead(self) -> None:
         depth, layers = self.options.lookahead, len(self.layers)
         if depth > layers - 1:
-            raise InputError(f"lookahead is {depth}; {self.name} has {layers} MoE layers, so it must be at most {layers - 1}")
+            raise InputError(
+                f"lookahead is {depth}; {self.name} has {layers} MoE layers, so it must be at most {layers - 1}"
+            )
 
     def _probe(self) -> Findings:
         return probe(
@@ -155,9 +155,7 @@ class _Recording:
             raise InputError(
                 f"lookahead_ranks is {ranks}; it must be {least} (twice the k of {self.name}) to {experts}, all its experts"
             )
-        wanted = Wanted(
-            options.router_logits, options.lookahead, ranks, options.expert_output_norm, options.residual_cosine
-        )
+        wanted = Wanted(options.router_logits, options.lookahead, ranks, options.expert_output_norm, options.residual_cosine)
         residuals = None
         if options.residual_cosine:
             residuals = find_residuals(self.model, self.name, self.layers, self.token_ids[0][:PROBE_TOKENS])
@@ -165,9 +163,7 @@ class _Recording:
 
     def _settings(self) -> dict[str, Any]:
         """Return everything that decides the bytes of the trace; a recording goes on only where all of it is the same."""
-        prompts = [
-            Prompt("", None, ids, prompt.domain) for ids, prompt in zip(self.token_ids, self.prompts, strict=True)
-        ]
+        prompts = [Prompt("", None, ids, prompt.domain) for ids, prompt in zip(self.token_ids, self.prompts, strict=True)]
         loading = ("device", "device_map", "dtype", "experts_implementation")  # described as they turned out
         options = {name: value for name, value in dataclasses.asdict(self.options).items() if name not in loading}
         return {
@@ -215,49 +211,45 @@ class _Recording:
             ) from None
         validate_trace(self._trace(growing, start), f"{self.name}, batch {batch}")
         growing.commit(rows.steps)
+        self._tell(growing, growing.batches)
 
-    def _run_passes(
-        self, growing: GrowingColumns, rows: BatchRows, prompts: Sequence[Sequence[int]], batch: int
-    ) -> None:
-        """Run one batch; its observations reach the disk one collection later, so that the host need not wait for them."""
+    def _run_passes(self, growing: GrowingColumns, rows: BatchRows, prompts: Sequence[Sequence[int]], batch: int) -> None:
+        """Run one batch; what is collected reaches the disk one collection later, so that the host need not wait for it."""
         held: list[dict[str, torch.Tensor]] = []
         pending: PendingRows | None = None
-        prefilling = True
-        # Prefill is collected by itself; decode passes many at a time.
         for number, token_ids in enumerate(forward_passes(self.model, prompts, self.options, batch)):
             held.append({**self.observer.finish_pass(), "token_ids": token_ids.reshape(-1)})
-            last = number == self.options.new_tokens
-            if number and len(held) < DECODE_PASSES_HELD and not last:
+            # Prefill is collected by itself, decode passes many at a time.
+            if 0 < number < self.options.new_tokens and len(held) < DECODE_PASSES_HELD:
                 continue
             if pending is not None:
-                prefilling = self._append(growing, rows, pending, batch, prefilling=prefilling)
+                self._append(growing, rows, pending, batch)
+                if not rows.active.any():
+                    return
             pending, held = self.observer.collect(held), []
-            if not rows.active.any():
-                break
         if pending is not None:
-            self._append(growing, rows, pending, batch, prefilling=prefilling)
+            self._append(growing, rows, pending, batch)
 
-    def _append(
-        self, growing: GrowingColumns, rows: BatchRows, pending: PendingRows, batch: int, *, prefilling: bool
-    ) -> bool:
-        """Append what has been copied; return whether the next to come is still prefill, which it never is."""
+    def _append(self, growing: GrowingColumns, rows: BatchRows, pending: PendingRows, batch: int) -> None:
         before = growing.rows
-        seen = pending.arrays()
-        for part in [rows.prefill(seen)] if prefilling else rows.decode(seen):
-            growing.append(part)
+        for one_pass in rows.passes(pending.arrays()):
+            growing.append(one_pass)
         self.recorded_tokens += growing.rows - before
+        self._tell(growing, batch)
+
+    def _tell(self, growing: GrowingColumns, batches: int) -> None:
         rate = self.recorded_tokens / (time.perf_counter() - self.began)
-        self.progress(batch, self.batches, f"{growing.rows:,} tokens, {rate:,.0f} tokens/s")
-        return False
+        self.progress(batches, self.batches, f"{growing.rows:,} tokens, {rate:,.0f} tokens/s")
 
     # ---- the trace -------------------------------------------------------------------------------------------------
 
     def _trace(self, growing: GrowingColumns, start: int = 0) -> Trace:
+        arrays: dict[str, Any] = dict(growing.read(start))
         return Trace(
             model=self.spec,
             provenance=Provenance("recorded", self.source, f"foregate {foregate_version()}", self.settings),
             domains=tuple(prompt.domain for prompt in self.prompts),
-            **growing.read(start),
+            **arrays,
         )
 
     def _finish(self, growing: GrowingColumns) -> Trace:
@@ -268,5 +260,4 @@ class _Recording:
             save_trace(self._trace(growing), whole)
             os.replace(whole, self.out)
         shutil.rmtree(self.folder)
-        self.progress(self.batches, self.batches, f"{growing.rows:,} tokens")
         return load_trace(self.out)
