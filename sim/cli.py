@@ -172,18 +172,18 @@ def _trace_import(words: list[str]) -> int:
 
 def _trace_record(words: list[str]) -> int:
     # The recorder itself checks its options, since it is also used without a command line.
+    # To Hydra, `model=` would choose from the group of models that can be priced.
+    words = [f"checkpoint={quoted(word.removeprefix('model='))}" if word.startswith("model=") else word for word in words]
     overrides, config_dir = _options("trace_record", words)
     if overrides is None:
         return 0
     config = compose_config("trace_record", overrides, config_dir)
-    settings = {name: config.pop(name) for name in ("model", "prompts", "out")}
-    for name, value in settings.items():
-        if not isinstance(value, str) and not (name == "out" and value is None):
-            raise InputError(f"{name} is {value!r}: it must be a text")
-    out = Path(settings["out"] or f"{Path(settings['model']).name}.safetensors")
+    check_types(config)
+    checkpoint, prompts, out = (config.pop(name) for name in ("checkpoint", "prompts", "out"))
+    out = Path(out or f"{Path(checkpoint).name}.safetensors")
     options = traces.RecordOptions.of(config)
     with _Progress("batches", "{done} of {total} batches done, {what}") as progress:
-        trace = traces.record(settings["model"], settings["prompts"], out, options, progress=progress)
+        trace = traces.record(checkpoint, prompts, out, options, progress=progress)
     model = trace.model
     _out().print(
         f"{out}: {trace.tokens:,} tokens of {len(trace.domains)} requests in {trace.steps:,} forward passes, "

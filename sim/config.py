@@ -32,6 +32,8 @@ _TYPES = {
     "results": ((str,), "a folder"),
     "json": ((bool,), "true or false"),
     "source": ((str,), "a file"),
+    "checkpoint": ((str,), "a folder or the id of a model"),
+    "prompts": ((str,), "a file"),
     "format": ((str,), "a text"),
     "out": ((str, type(None)), "a file"),
     "options": ((dict,), "a mapping such as {NAME: VALUE}"),
