@@ -33,6 +33,8 @@ _TYPES = {
     "json": ((bool,), "true or false"),
     "evidence": ((bool,), "true or false"),
     "source": ((str,), "a file"),
+    "checkpoint": ((str,), "a folder or the id of a model"),
+    "prompts": ((str,), "a file"),
     "format": ((str,), "a text"),
     "out": ((str, type(None)), "a file"),
     "options": ((dict,), "a mapping such as {NAME: VALUE}"),

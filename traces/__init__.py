@@ -1,4 +1,4 @@
-"""What the router chose: the trace format, importers, a generator, statistics and bundled recordings."""
+"""What the router chose: the trace format, a recorder, importers, a generator, statistics and bundled recordings."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from traces.errors import InputError
 from traces.evidence import Evidence, find_evidence, render_evidence, shuffled
 from traces.files import content_hash, load_trace, save_trace
 from traces.importers import import_trace, importers
+from traces.recorder import RecordOptions, record
 from traces.slices import first_tokens, join_requests, one_after_another, slice_requests, take_tokens
 from traces.statistics import TraceStatistics, inspect_trace, render_statistics
 from traces.synthetic import CALIBRATED, Recipe, synthesize
@@ -21,6 +22,7 @@ __all__ = [
     "ModelSpec",
     "Provenance",
     "Recipe",
+    "RecordOptions",
     "Trace",
     "TraceStatistics",
     "bundled",
@@ -33,6 +35,7 @@ __all__ = [
     "join_requests",
     "load_trace",
     "one_after_another",
+    "record",
     "render_evidence",
     "render_statistics",
     "save_trace",
