@@ -232,6 +232,20 @@ def test_inspect_prints_tables_otherwise(run, tiny):
     assert "tiny" in out
 
 
+def test_inspect_shows_evidence_when_asked(run, tiny):
+    code, out, err = run("trace", "inspect", "tiny.safetensors", "evidence=true")
+    assert (code, err) == (0, [])
+    assert "shuffled" in out
+    assert "shuffled" not in run("trace", "inspect", "tiny.safetensors")[1]
+    assert (
+        json.loads(run("trace", "inspect", "tiny.safetensors", "evidence=true", "json=true")[1])["evidence"]["domains"]
+        is None
+    )
+    assert run("trace", "inspect", "tiny.safetensors", "evidence=yes please")[2] == [
+        "foregate: evidence is 'yes please': it must be true or false"
+    ]
+
+
 SMALL = "parameters={layers: 2, experts: 6, top_k: 2, requests: 2, prefill_tokens: 3, decode_tokens: 4, lookahead_depth: 1}"
 
 
