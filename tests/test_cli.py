@@ -71,7 +71,7 @@ def test_help_says_every_verb(run, words):
     code, out, err = run(*words)
     assert (code, err) == (0, [])
     assert out.startswith("foregate VERB [overrides]\n")
-    for verb in ("compare", "simulate", "trace import", "trace inspect", "trace synthesize", "list"):
+    for verb in ("compare", "simulate", "trace record", "trace import", "trace inspect", "trace synthesize", "list"):
         assert f"\n  {verb} " in out
 
 
@@ -459,6 +459,18 @@ for package in ("traces", "policies", "sim"):
         importlib.import_module(found.name)
         print(found.name)
 """
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_recording_says_which_package_it_needs(run, folder, monkeypatch, package):
+    (folder / "prompts.txt").write_text("a prompt\n")
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
+    sentence = f"recording needs the package {package}, which is not installed: pip install 'foregate[real]'"
+    found = run("trace", "record", "model=any", "prompts=prompts.txt")
+    if package == "transformers":
+        pytest.importorskip("torch", reason="without torch, torch is what is missed first")
+    assert found == (2, "", [f"foregate: {sentence}"])
+    assert [path.name for path in folder.iterdir()] == ["prompts.txt"]
 
 
 def test_simulation_and_analysis_never_import_torch(folder):

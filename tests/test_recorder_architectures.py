@@ -31,7 +31,7 @@ EVERYTHING = {"router_logits": "float32", "lookahead": 1, "expert_output_norm": 
 NO_RESIDUAL = {"flex_olmo": "a norm stands between the block and the residual stream"}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The other core is another worker's."""
     before = torch.get_num_threads()

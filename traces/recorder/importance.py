@@ -97,6 +97,8 @@ def _watch(layer: MoELayer, calls: dict[str, Any]) -> list[Any]:
 
 
 def _residual(name: str, layer: MoELayer, calls: dict[str, Any]) -> Residual:
+    import torch
+
     refused = InputError(
         f"{name}: the experts' sum of {layer.name} is not added to a residual stream as it is, so residual_cosine has no"
         " meaning; record without it"
@@ -104,15 +106,21 @@ def _residual(name: str, layer: MoELayer, calls: dict[str, Any]) -> Residual:
     if layer.block is layer.decoder_layer:
         raise refused
     block, after = _rows(calls["block"]), _rows(calls["layer"])
-    of_experts = _multiple(_rows(calls["experts"]), block - _silenced(layer, *calls["call"]))
-    if of_experts is None:
+    rounding = 4 * torch.finfo(calls["layer"].dtype).eps
+    silenced = _silenced(layer, *calls["call"])
+    of_experts, error = _multiple(_rows(calls["experts"]), block - silenced, size=block)
+    if not error <= rounding:  # NaN is refused too
         raise refused
-    for module, tensor in reversed(calls["inputs"]):
-        if tensor.numel() == after.numel():
-            of_block = _multiple(block, after - _rows(tensor))
-            if of_block is not None:
-                return Residual(module, of_experts * of_block)
-    raise refused
+    # Others may come close by chance, where the block's output dwarfs them.
+    best = None
+    for module, tensor in calls["inputs"]:
+        if tensor.shape == calls["layer"].shape:
+            of_block, error = _multiple(block, after - _rows(tensor), size=after)
+            if error <= rounding and (best is None or error <= best[0]):
+                best = error, Residual(module, of_experts * of_block)
+    if best is None:
+        raise refused
+    return best[1]
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,9 +139,8 @@ def _silenced(layer: MoELayer, args: tuple[Any, ...], keywords: dict[str, Any]) 
     return _rows(output[0] if isinstance(output, tuple) else output)
 
 
-def _multiple(base: torch.Tensor, found: torch.Tensor) -> float | None:
-    """Return c where ``found = c x base`` up to rounding in every row, else None."""
-    scale = float((base * found).sum() / (base * base).sum().clamp(min=1e-30))
-    error = (found - scale * base).norm(dim=-1)
-    # Half-precision sums are rounded to a few parts in a hundred of what was added to them.
-    return scale if bool((error <= 0.05 * (scale * base).norm(dim=-1)).all()) and scale != 0 else None
+def _multiple(base: torch.Tensor, found: torch.Tensor, size: torch.Tensor) -> tuple[float, float]:
+    """Return the c for which ``found = c x base`` fits best, and the largest error of a row, relative to that of `size`."""
+    scale = (base * found).sum() / (base * base).sum()
+    error = (found - scale * base).norm(dim=-1) / size.norm(dim=-1)
+    return float(scale), float(error.max())

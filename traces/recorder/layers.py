@@ -120,18 +120,17 @@ def _decoder_layer(path: str, modules: Mapping[str, Any]) -> str:
 def _why_none(modules: Mapping[str, Any]) -> str:
     """Say why no layer was found: no experts at all, or experts that the model keeps out of sight."""
     architecture = type(modules[""]).__name__
-    hidden = [
-        path
-        for path, module in modules.items()
-        if any(word in type(module).__name__.lower() for word in ("expert", "moe", "sparsemlp"))
-    ]
-    hidden = [path for path in hidden if path]
+    hidden = [path for path, module in modules.items() if _looks_sparse(path, type(module).__name__)]
     if not hidden:
         return f"{architecture} has no MoE layers; there is no routing to record"
     return (
         f"{architecture} cannot be recorded: {hidden[0]} ({type(modules[hidden[0]]).__name__}) does not go through"
         " transformers' experts interface, where routed experts and weights are observed"
     )
+
+
+def _looks_sparse(path: str, class_name: str) -> bool:
+    return "expert" in path.rpartition(".")[2] or "Expert" in class_name or class_name.endswith(("MoE", "MoeBlock"))
 
 
 def _text_config(model: Any) -> Any:

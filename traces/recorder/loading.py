@@ -17,6 +17,8 @@ from traces.recorder.options import RecordOptions
 if TYPE_CHECKING:
     import torch
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+
 
 def require_packages() -> None:
     """Raise `InputError` where torch or transformers are not installed."""
@@ -66,6 +68,10 @@ def load_encoder(path: str) -> Callable[[str], Sequence[int]] | None:
     """Return the function that turns a text into token ids as the tokenizer at `path` does, None where there is none."""
     import transformers
 
+    # Without any file, transformers makes up an empty tokenizer for some architectures.
+    folder = Path(path)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None
     try:
         return encoder(transformers.AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError, KeyError, TypeError, ImportError):
