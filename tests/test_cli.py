@@ -454,8 +454,11 @@ def test_a_reader_that_goes_away_is_no_error(folder):
 EVERY_MODULE = """
 import importlib, pkgutil, sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # an import of these would fail
+training = {"traces.reference.experts", "traces.reference.train", "traces.reference.run"}
 for package in ("traces", "policies", "sim"):
     for found in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        if found.name in training:
+            continue
         importlib.import_module(found.name)
         print(found.name)
 """

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 import zipfile
 from dataclasses import asdict, replace
 
@@ -314,6 +315,12 @@ def test_a_bundled_recording_is_what_the_recipe_says(name):
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert main(["bundle", "reference_16x64", "--folder", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("traces.reference: there is no reference model 'reference_16x64'; did you")
+
+
+def test_training_says_which_package_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it fails
+    assert main(["train", "reference_16x64_top8"]) == 2
+    assert "needs the package torch, which is not installed: pip install 'foregate[real]'" in capsys.readouterr().err
 
 
 def test_settings_are_json():

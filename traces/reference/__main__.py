@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from traces.errors import InputError
+from traces.recorder.loading import require_packages
 from traces.reference import bundle, text, tokenizer, tokens
 from traces.reference.models import MODELS, ReferenceModel, reference_model, tiny
 from traces.reference.parts import load_parts
@@ -63,6 +64,7 @@ def _tokens(arguments: argparse.Namespace, _began: float) -> None:
 
 
 def _train(arguments: argparse.Namespace, began: float) -> None:
+    require_packages()
     from traces.reference.run import Run, best_device  # torch takes seconds to import
 
     reference = _chosen(arguments)
