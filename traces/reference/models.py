@@ -34,6 +34,8 @@ class Training:
     """Factor of the load-balancing loss, which is 1 at even use, computed in each layer and averaged over them."""
     router_z: float = 0.001
     """Factor of the squared logarithm of the router's partition function, averaged over layers."""
+    held_out_sequences: int = 128
+    """The most of each domain that are validated on, spread over its held-out text."""
     most_steps: int | None = None
     """Steps after which training ends before its time does; None for no limit."""
 
@@ -182,7 +184,7 @@ def tiny(model: ReferenceModel) -> ReferenceModel:
         name=f"tiny_{model.name}",
         title=f"tiny {model.title}",
         shape={**model.shape, **{key: sizes[key] for key in model.shape if key in sizes}},
-        training=replace(model.training, sequence=32, batch=7, warmup_steps=2, most_steps=4),
+        training=replace(model.training, sequence=32, batch=7, warmup_steps=2, held_out_sequences=14, most_steps=4),
         recording=replace(model.recording, rounds=2, prompt_tokens=8, sampled_tokens=6, depth=2, predictions=4),
         bundled=replace(model.bundled, rounds=1, tokens=12),
     )

@@ -105,7 +105,7 @@ def train(model: Any, reference: ReferenceModel, tokens: PackedTokens, until: fl
 
 
 def held_out_loss(model: Any, reference: ReferenceModel, tokens: PackedTokens) -> dict[str, float]:
-    """Return the mean loss in nats per token on each domain's held-out text, in whole sequences."""
+    """Return the mean loss in nats per token on sequences spread over each domain's held-out text."""
     length, device = reference.training.sequence, next(model.parameters()).device
     model.eval()
     losses = {}
@@ -117,6 +117,7 @@ def held_out_loss(model: Any, reference: ReferenceModel, tokens: PackedTokens) -
         ]
         if not windows:
             raise InputError(f"{tokens.folder}: '{domain}' has no held-out segment of {length + 1} tokens; hold out more")
+        windows = windows[:: -(-len(windows) // reference.training.held_out_sequences)]
         total = 0.0
         for start in range(0, len(windows), reference.training.batch):
             batch = torch.from_numpy(np.stack(windows[start : start + reference.training.batch]).astype(np.int64)).to(device)
