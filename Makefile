@@ -29,7 +29,7 @@ bench: .venv/ready-for-tests
 	touch $@
 
 .venv/ready-for-tests: .venv/ready
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,real]'
 	touch $@
 
 clean:

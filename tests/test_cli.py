@@ -301,7 +301,7 @@ def cut_short(path, source):
 REFUSED = {
     "unknown verb": (["simulat"], "'simulat' is not a verb: did you mean 'simulate'? known: compare, "),
     "unknown trace verb": (["trace", "inspekt"], "'trace inspekt' is not a verb: did you mean 'trace inspect'? known: "),
-    "trace without a verb": (["trace"], "'trace' is not a verb: did you mean 'trace import'? known: "),
+    "trace without a verb": (["trace"], "'trace' is not a verb: did you mean 'trace record'? known: "),
     "unknown group": (["list", "evictoin"], "there is no group 'evictoin': did you mean 'eviction'? known: "),
     "unknown system": (["simulate", "system=lruu"], "system=lruu: system 'lruu' is unknown: did you mean 'lru'? known: "),
     "unknown system to compare": (["compare", "systems=[lru,fatte]"], "systems is 'fatte': did you mean 'fate'? known: "),
@@ -466,12 +466,12 @@ for package in ("traces", "policies", "sim"):
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])
 def test_recording_says_which_package_it_needs(run, folder, monkeypatch, package):
+    if package == "transformers":
+        pytest.importorskip("torch", reason="without torch, torch is what is missed first")
     (folder / "prompts.txt").write_text("a prompt\n")
     monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
     sentence = f"recording needs the package {package}, which is not installed: pip install 'foregate[real]'"
     found = run("trace", "record", "model=any", "prompts=prompts.txt")
-    if package == "transformers":
-        pytest.importorskip("torch", reason="without torch, torch is what is missed first")
     assert found == (2, "", [f"foregate: {sentence}"])
     assert [path.name for path in folder.iterdir()] == ["prompts.txt"]
 

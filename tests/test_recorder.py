@@ -24,11 +24,11 @@ from tiny_models import COMMON, EXPERTS, TOP_K, VOCABULARY, tiny_model
 from sim.cli import main
 from traces import DECODE, PREFILL, InputError, RecordOptions, load_trace, record
 from traces.checks import present_arrays
-from traces.recorder import Prompt, columns, read_prompts, recording
+from traces.recorder import Prompt, columns, lookahead, read_prompts, recording
 from traces.recorder.batches import BatchRows
 from traces.recorder.generation import forward_passes
 from traces.recorder.layers import moe_layers
-from traces.recorder.routers import Choice, RouterFacts, rank
+from traces.recorder.routers import rank
 
 HERE = Path(__file__).parents[1]
 
@@ -176,10 +176,11 @@ def test_what_is_asked_for_does_not_change_what_is_recorded_anyway(model, prompt
 
 
 def test_long_generation_is_collected_many_passes_at_a_time(model, prompts, tmp_path, monkeypatch):
-    """How many passes are held on the device changes nothing."""
-    options = RecordOptions(batch_size=2, new_tokens=21, temperature=1.0, seed=3)
+    """How much is held on the device changes nothing."""
+    options = RecordOptions(batch_size=2, new_tokens=21, temperature=1.0, seed=3, lookahead=2)
     held = arrays_of(record(model, prompts, tmp_path / "a.safetensors", options))
     monkeypatch.setattr(recording, "DECODE_PASSES_HELD", 1)
+    monkeypatch.setattr(lookahead, "SCORES_HELD", 1)
     assert_same_arrays(held, arrays_of(record(model, prompts, tmp_path / "b.safetensors", options)))
     assert held["position"].max() >= 21
 
@@ -236,12 +237,11 @@ def test_ranks_beyond_the_routers_choice():
     """The router's own choice comes first whatever its scores tie with; an excluded group comes last, with probability 0."""
     infinity = float("inf")
     scores = torch.tensor([[0.5, 0.5, 0.2, -infinity, -0.1]])
-    choice = Choice(scores, torch.tensor([[1]]), scores)
-    ranked, probability = rank(choice, RouterFacts(torch.nn.Identity(), False, selects_by_logits=False), 5)
+    ranked, probability = rank(scores, torch.tensor([[1]]), 5, are_logits=False)
     assert ranked.tolist() == [[1, 0, 2, 4, 3]]
     np.testing.assert_allclose(probability, [[0.5 / 1.2, 0.5 / 1.2, 0.2 / 1.2, 0, 0]], rtol=1e-6)
     logits = torch.tensor([[1.0, 3.0, -2.0]])
-    ranked, probability = rank(Choice(logits, None, logits), RouterFacts(torch.nn.Identity(), False, True), 2)
+    ranked, probability = rank(logits, None, 2, are_logits=True)
     assert ranked.tolist() == [[1, 0]]
     np.testing.assert_allclose(probability, logits.softmax(-1)[:, [1, 0]], rtol=1e-6)
 

@@ -170,7 +170,7 @@ def test_a_router_asked_about_its_own_layer_gives_the_recorded_routing(recorded)
         hidden, *extra = seen[index]
         with torch.no_grad():
             choice = choose(found.module, type("Call", (), {"extra": extra, "keywords": None}), hidden, EXPERTS)
-            ranked, probability = rank(choice, found, EXPERTS)
+            ranked, probability = rank(choice.scores, choice.ids, EXPERTS, are_logits=found.selects_by_logits)
         np.testing.assert_array_equal(np.sort(ranked[:, :TOP_K]), np.sort(routed[:, index]))
         np.testing.assert_array_equal(np.sort(ranked), np.broadcast_to(np.arange(EXPERTS), ranked.shape))
         np.testing.assert_allclose(probability.sum(-1), 1, rtol=1e-5)

@@ -16,7 +16,8 @@ import numpy as np
 from traces.checks import expert_dtype
 from traces.recorder.importance import Residual, output_norms, residual_cosine
 from traces.recorder.layers import MoELayer, expert_count
-from traces.recorder.routers import RouterCall, RouterFacts, choose, logits_in, rank
+from traces.recorder.lookahead import Lookahead
+from traces.recorder.routers import RouterCall, RouterFacts, logits_in
 from traces.trace import Array
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class Observer:
         self.routers = routers
         self.residuals = residuals
         self._handles: list[Any] = []
+        self._lookahead: Lookahead | None = None
+        if wanted.lookahead:
+            assert routers is not None
+            self._lookahead = Lookahead(routers, self.experts, wanted.lookahead, wanted.ranks)
         self._start_pass()
 
     def __enter__(self) -> Observer:
@@ -84,8 +89,8 @@ class Observer:
         seen: Tensors = {"experts": self._stacked(self._ids), "weights": self._stacked(self._weights)}
         if self.wanted.router_logits:
             seen["router_logits"] = self._stacked(self._logits)
-        if self.wanted.lookahead:
-            seen["lookahead_experts"], seen["lookahead_scores"] = self._lookahead()
+        if self._lookahead is not None:
+            seen["lookahead_experts"], seen["lookahead_scores"] = self._lookahead.finish_pass()
         if self.wanted.expert_output_norm:
             seen["expert_output_norm"] = self._stacked(self._norms)
         if self.wanted.residual_cosine:
@@ -130,8 +135,6 @@ class Observer:
         self._norms: list[torch.Tensor] = []
         self._cosines: list[torch.Tensor] = []
         self._residuals: dict[int, torch.Tensor] = {}
-        self._gate_inputs: list[torch.Tensor] = []
-        self._ranked: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _on_experts(self, module: Any, args: tuple[Any, ...]) -> None:
         self._ids.append(args[1])
@@ -146,21 +149,10 @@ class Observer:
                 logits = logits_in(output, self.experts)
                 assert logits is not None  # the probe saw them
                 self._logits.append(_logarithm(logits) if facts.returns_probabilities else logits)
-            if self.wanted.lookahead:
-                self._look_back(index, facts, RouterCall(args[0], args[1:], keywords))
+            if self._lookahead is not None:
+                self._lookahead.on_router(index, RouterCall(args[0], args[1:], keywords))
 
         return hook
-
-    def _look_back(self, index: int, facts: RouterFacts, call: RouterCall) -> None:
-        """Ask this layer's router about the gate inputs of the layers before it.
-
-        Its further arguments are those of this very pass, which is why the question waits until the pass has come here.
-        """
-        for depth, hidden in enumerate(reversed(self._gate_inputs), start=1):
-            choice = choose(facts.module, call, hidden.to(call.hidden.device), self.experts)
-            assert choice is not None  # the probe saw its logits
-            self._ranked[index - depth, depth] = rank(choice, facts, self.wanted.ranks)
-        self._gate_inputs = [*self._gate_inputs, call.hidden][-self.wanted.lookahead :]
 
     def _on_residual(self, index: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
@@ -197,19 +189,6 @@ class Observer:
                 for found in per_layer
             ]
         return torch.stack(list(per_layer), dim=1)
-
-    def _lookahead(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ranked ids and probabilities [T, L, D, M]; -1 and 0 beyond the last layer."""
-        import torch
-
-        known = self._ranked[0, 1][0]
-        shape = (len(known), len(self.layers), self.wanted.lookahead, self.wanted.ranks)
-        ids = torch.full(shape, -1, dtype=torch.int16, device=known.device)
-        scores = torch.zeros(shape, dtype=torch.float16, device=known.device)
-        for (layer, depth), (ranked, probability) in self._ranked.items():
-            ids[:, layer, depth - 1] = ranked.to(device=known.device, dtype=torch.int16)
-            scores[:, layer, depth - 1] = probability.to(device=known.device, dtype=torch.float16)
-        return ids, scores
 
 
 class PendingRows:

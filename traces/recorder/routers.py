@@ -114,25 +114,28 @@ def selects(scores: torch.Tensor, ids: torch.Tensor) -> bool:
     return bool((chosen.min(-1).values >= others.max(-1).values).all())
 
 
-def rank(choice: Choice, facts: RouterFacts, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rank(
+    scores: torch.Tensor, ids: torch.Tensor | None, ranks: int, *, are_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the `ranks` best experts [T, M] (int64) and their probabilities [T, M] (float32).
 
-    First come the experts that the router chose, then all others; both in descending selection score, equal scores by lower
-    id. The probability is the softmax over all experts where the scores are logits. Other scores are divided by their sum
-    over all experts, negative ones and excluded groups counted as 0.
+    First come the experts `ids` [T, k] that the router chose, if it says which, then all others; both in descending
+    selection score ([T, E] float32), equal scores by lower id. The probability is the softmax over all experts where the
+    scores are logits. Other scores are divided by their sum over all experts, negative ones and excluded groups counted
+    as 0.
     """
     import torch
 
     # Excluded groups have minus infinity, which must still rank above the marks below.
-    scores = choice.scores.clamp(min=torch.finfo(torch.float32).min / 2)
+    scores = scores.clamp(min=torch.finfo(torch.float32).min / 2)
     positive = scores.clamp(min=0)
-    if facts.selects_by_logits:
+    if are_logits:
         probability = scores.softmax(-1)
     else:
         probability = positive / positive.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    if choice.ids is not None:
-        chosen = torch.zeros_like(scores).scatter_(1, choice.ids, 1)
+    if ids is not None:
+        chosen = torch.zeros_like(scores).scatter_(1, ids, 1)
         order = order.gather(1, chosen.gather(1, order).argsort(dim=-1, descending=True, stable=True))
     order = order[:, :ranks]
     return order, probability.gather(1, order)
