@@ -475,12 +475,17 @@ def largest_file(size):
 
 @pytest.mark.parametrize(
     ("size", "kept"),
-    [(1500, "nothing is kept"), (6000, "2 finished batches are kept"), (10_000, "3 finished batches are kept")],
+    [
+        (100, "nothing is kept"),
+        (1500, "nothing is kept"),
+        (6000, "2 finished batches are kept"),
+        (10_000, "3 finished batches are kept"),
+    ],
 )
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_claims_to_be_a_trace(
     saved, prompt_file, tmp_path, monkeypatch, capsys, size, kept
 ):
-    """It is met in the first batch, in a later one, and by the finished trace; with room again, the command goes on."""
+    """It is met at the very start, in the first batch, in a later one, and by the finished trace; with room, all goes on."""
     monkeypatch.chdir(tmp_path)
     words = ["trace", "record", f"model={saved}", f"prompts={prompt_file}", "out=trace.safetensors"]
     words += ["batch_size=2", "new_tokens=5", "stop_at_end=false", "router_logits=float32"]

@@ -80,8 +80,8 @@ class GrowingColumns:
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            self.batches, self.steps = self.batches + 1, steps
-            self._write_record(self.folder)
+            self._write_record(self.folder, self.batches + 1, steps)
+        self.batches, self.steps = self.batches + 1, steps
 
     def read(self, start: int = 0) -> dict[str, Array]:
         """Return the rows appended since `start`, mapped read-only from the files."""
@@ -97,9 +97,13 @@ class GrowingColumns:
         # Renamed into place, so that a kill leaves no folder without its record.
         unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        self._write_record(unfinished)
-        os.replace(unfinished, self.folder)
+        try:
+            unfinished.mkdir()
+            self._write_record(unfinished, batches=0, steps=0)
+            os.replace(unfinished, self.folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
     def _take_up(self) -> None:
         record = read_record(self.folder)
@@ -118,8 +122,8 @@ class GrowingColumns:
                     f" remove {self.folder} and record again"
                 )
 
-    def _write_record(self, folder: Path) -> None:
-        record = {"settings": self.settings, "rows": self.rows, "batches": self.batches, "steps": self.steps}
+    def _write_record(self, folder: Path, batches: int, steps: int) -> None:
+        record = {"settings": self.settings, "rows": self.rows, "batches": batches, "steps": steps}
         unfinished = folder / f"{_RECORD}.unfinished"
         with unfinished.open("w") as file:
             json.dump(record, file, indent=1)

@@ -65,7 +65,7 @@ def forward_passes(
 
 def end_tokens(model: Any) -> frozenset[int]:
     """Return the ids that end a request, as the model's generation configuration says."""
-    found = getattr(model.generation_config, "eos_token_id", None)
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
 

@@ -197,7 +197,6 @@ class PendingRows:
     def __init__(self, seen: Mapping[str, torch.Tensor]) -> None:
         import torch
 
-        self._event = None
         self._host = {}
         for name, tensor in seen.items():
             if tensor.device.type == "cuda":
@@ -205,16 +204,17 @@ class PendingRows:
                 self._host[name] = pinned.copy_(tensor, non_blocking=True)
             else:
                 self._host[name] = tensor.cpu()
-        on_cuda = next((tensor for tensor in seen.values() if tensor.device.type == "cuda"), None)
-        if on_cuda is not None:
-            with torch.cuda.device(on_cuda.device):
-                self._event = torch.cuda.Event()
-                self._event.record()
+        self._copied = []
+        for device in {tensor.device for tensor in seen.values() if tensor.device.type == "cuda"}:
+            with torch.cuda.device(device):
+                event = torch.cuda.Event()
+                event.record()
+                self._copied.append(event)
 
     def arrays(self) -> dict[str, Array]:
-        """Wait for the copy and return the arrays."""
-        if self._event is not None:
-            self._event.synchronize()
+        """Wait for the copies and return the arrays."""
+        for event in self._copied:
+            event.synchronize()
         return {name: tensor.numpy() for name, tensor in self._host.items()}
 
 

@@ -11,6 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from traces.checks import validate_trace
 from traces.errors import InputError
 from traces.files import load_trace, save_trace
@@ -104,6 +106,7 @@ class _Recording:
         self.options = options
         self.source = source
         self.progress = progress or (lambda done, total, how: None)
+        self.end_tokens = end_tokens(model) if options.stop_at_end else frozenset[int]()
         self.batches = -(-len(prompts) // options.batch_size)
         self.began = time.perf_counter()
         self.recorded_tokens = 0
@@ -169,9 +172,12 @@ class _Recording:
         return {
             **options,
             **describe(self.model, self.layers),
+            "end_tokens": sorted(self.end_tokens),
             "model": self.name,
             "prompts_sha256": digest(prompts),
+            "sample_top_p": float(self.options.sample_top_p),  # 1 and 1.0 are the same, but not the same bytes
             "source": self.source,
+            "temperature": float(self.options.temperature),
         }
 
     def _already_there(self) -> Trace:
@@ -198,8 +204,7 @@ class _Recording:
     def _record_batch(self, growing: GrowingColumns, batch: int) -> None:
         first = batch * self.options.batch_size
         prompts = self.token_ids[first : first + self.options.batch_size]
-        stop = end_tokens(self.model) if self.options.stop_at_end else frozenset[int]()
-        rows = BatchRows([len(prompt) for prompt in prompts], first, growing.steps, stop)
+        rows = BatchRows([len(prompt) for prompt in prompts], first, growing.steps, self.end_tokens)
         start = growing.rows
         import torch
 
@@ -209,7 +214,11 @@ class _Recording:
             raise InputError(
                 f"batch {batch}: the device is out of memory ({error}); choose a smaller batch_size, new_tokens or dtype"
             ) from None
-        validate_trace(self._trace(growing, start), f"{self.name}, batch {batch}")
+        trace = self._trace(growing, start)
+        # As a trace of its own: the domains of all requests would be looked at again with every batch.
+        domains = trace.domains[first : first + len(prompts)]
+        alone = dataclasses.replace(trace, request=trace.request - np.int32(first), domains=domains)
+        validate_trace(alone, f"{self.name}, batch {batch}")
         growing.commit(rows.steps)
         self._tell(growing, growing.batches)
 
