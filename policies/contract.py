@@ -7,6 +7,7 @@ without clock, device or I/O. Its methods use only array elements, numbers and t
 Every policy class has a classmethod `build(setting, **parameters)`; the parameters are the keys of its
 YAML. The decorator `needs` names what it cannot do without:
 
+``weights``    the trace's gate weights
 ``lookahead``  the trace's cross-layer gate observations
 ``logits``     the trace's router logits
 ``future``     what the router will choose (oracles and bounds; no real system has it)
@@ -30,8 +31,8 @@ eviction
     ``on_hit(key, pool, now)``               a routed expert was resident or in flight when its event started
     ``on_evict(key, pool, now)``             the expert lost its slot
     and one of
-    ``score(key, now)``                      the lowest leaves, of equals the one inserted first; written so that
-                                             `key` may be one key or an array of keys
+    ``score(key, now)``                      a number: the lowest leaves, of equals the one inserted first; written so
+                                             that `key` may be one key or an array of keys
     ``victim(pool, holds, limit, now)``      the key that leaves, or -1: only keys with ``holds[key] < limit`` may
 allocation
     ``divide(slots, layers, experts, top_k)``  the pool of every layer and the slots of every pool
@@ -40,9 +41,9 @@ miss
 
 An **expert key** is ``layer * experts + expert``. `now` is the running number of the event (step * layers +
 layer), the only clock a policy has. Within an event the experts come in order of first appearance: token by token,
-heaviest gate weight first. Whoever runs a policy may keep a copy of it with its queues as lists
-(`policies.order.with_lists`), so a policy object that was handed over is not looked at again. A **pool** is a set of slots
-that compete: one for the whole device, or one per layer.
+heaviest gate weight first, or as recorded where the trace does not know which is heaviest (`Trace.ranked`). Whoever
+runs a policy may keep a copy of it with its queues as lists (`policies.order.with_lists`), so a policy object that was
+handed over is not looked at again. A **pool** is a set of slots that compete: one for the whole device, or one per layer.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ Floats = npt.NDArray[np.float64]
 LOAD = 0
 """Miss action: transfer the expert over the link and wait for it."""
 
-CAPABILITIES = ("lookahead", "logits", "future")
+CAPABILITIES = ("weights", "lookahead", "logits", "future")
 """What a policy may need."""
 
 _Policy = TypeVar("_Policy", bound=type)
@@ -86,10 +87,10 @@ def needs_of(policy: type) -> frozenset[str]:
 
 
 def steady(changed: str = "") -> Callable[[_Policy], _Policy]:
-    """Declare that scores of an eviction policy keep their order until the policy is told of one of the experts.
+    """Declare that an expert's score stays what it is until the policy is told of that expert.
 
-    A hit, miss, insertion or eviction of an expert may move it among the others, time alone moves none; an engine then need
-    not look at all of them for every victim. `changed` names an array of one number that grows whenever that is not so.
+    A hit, miss, insertion or eviction of an expert may change its own score, time alone changes none; an engine then need
+    not ask for all of them for every victim. `changed` names an array of one number that grows whenever that is not so.
     """
 
     def declare(policy: _Policy) -> _Policy:
@@ -121,9 +122,9 @@ class Seen(NamedTuple):
     """Running number of the event: step * layers + layer."""
     layer: int
     experts: npt.NDArray[np.integer]
-    """[n, K] routed experts of the n tokens, descending weight."""
+    """[n, K] routed experts of the n tokens, descending weight where the trace knows it (`Trace.ranked`)."""
     weights: npt.NDArray[np.floating]
-    """[n, K] their gate weights."""
+    """[n, K] their gate weights; all 0 where the trace has none."""
     request: npt.NDArray[np.integer]
     """[n] the request of each token."""
     lookahead_experts: npt.NDArray[np.integer]

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from policies.contract import Ints
 
-Links = npt.NDArray[np.int32]
-"""Half as wide as other numbers of a policy: what every access follows should stay in the processor's nearest cache."""
+Links = npt.NDArray[np.uint32]
+"""Half as wide as other numbers of a policy, since what every access follows should stay in the processor's nearest cache,
+and without a sign, since compiled code looks at an index with a sign twice: it may count from the end."""
 
 
 class Order(NamedTuple):
@@ -23,7 +24,7 @@ class Order(NamedTuple):
     keys: int
     newer: Links
     older: Links
-    queue: Links
+    queue: npt.NDArray[np.int32]
     """[keys] the queue that a key stands in, -1 for none."""
     length: Ints
     """[queues] how many keys stand in each."""
@@ -31,7 +32,7 @@ class Order(NamedTuple):
 
 def make_order(keys: int, queues: int) -> Order:
     """Return `queues` empty queues over `keys` keys."""
-    links = np.arange(keys + queues, dtype=np.int32)
+    links = np.arange(keys + queues, dtype=np.uint32)
     return Order(keys, links, links.copy(), np.full(keys, -1, np.int32), np.zeros(queues, np.int64))
 
 

@@ -13,16 +13,14 @@ def rank(by_expert: Floats, seen_at: Ints, ids: Ints, scores: Floats) -> int:
 
     `by_expert` [E] are the scores; of equal ones the expert with the larger `seen_at` [E] comes first.
     """
-    count = 0
+    count, most = 0, len(ids)
+    least = 0.0  # below it nothing is ranked; 0 until the ranking is full
     for expert in range(len(by_expert)):
         score = by_expert[expert]
-        if score <= 0:
+        if score < least or score <= 0 or most == 0:
             continue
-        if count == len(ids):
-            if count == 0:
-                return 0
-            last = ids[count - 1]
-            if score < scores[count - 1] or (score == scores[count - 1] and seen_at[expert] <= seen_at[last]):
+        if count == most:
+            if score == least and seen_at[expert] <= seen_at[ids[count - 1]]:
                 continue
         else:
             count += 1
@@ -36,6 +34,8 @@ def rank(by_expert: Floats, seen_at: Ints, ids: Ints, scores: Floats) -> int:
             place -= 1
         ids[place] = expert
         scores[place] = score
+        if count == most:
+            least = scores[count - 1]
     return count
 
 

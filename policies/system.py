@@ -207,5 +207,5 @@ def _take_all(scores: Floats, count: int) -> int:
 
 
 def _named(capabilities: frozenset[str]) -> str:
-    texts = {"lookahead": "lookahead observations", "logits": "router logits"}
+    texts = {"weights": "gate weights", "lookahead": "lookahead observations", "logits": "router logits"}
     return " and ".join(texts.get(name, name) for name in sorted(capabilities))

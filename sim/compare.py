@@ -63,13 +63,13 @@ def _plan(base: Config, overrides: Sequence[str], config_dir: str | None) -> tup
     for budget in budgets:
         parse_budget(budget)
     own = [override for override in overrides if override.partition("=")[0] not in ("systems", "budget")]
-    trace = workload_of(base).trace
+    capabilities = workload_of(base).capabilities
     configs, left_out = [], []
     for name in systems:
         one_of("systems", name, known)
         config = compose_config("compare", [*own, f"system={name}"], config_dir)
         try:
-            composition_of(config).check(trace.capabilities(), trace_name(config))
+            composition_of(config).check(capabilities, trace_name(config))
         except InputError as error:
             left_out.append(str(error))
             continue

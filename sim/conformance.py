@@ -28,7 +28,7 @@ Log = list[tuple[Any, ...]]
 
 
 def check(composition: Composition) -> None:
-    """Check determinism, equality of the engines, capacity, holding, counting, foresight and numbering of `composition`."""
+    """Check determinism, equality of the engines, capacity, holding, counting, foresight, needs and numbering."""
     trace = small_trace()
     for order, batch, slots in (("one_request", 1, 16), ("one_request", 1, 30), ("continuous", 3, 24)):
         workload = make_workload(trace, order, batch)
@@ -47,6 +47,8 @@ def check(composition: Composition) -> None:
         check_counts(run, log, workload)
         if "future" not in composition.needs:
             check_no_foresight(composition, workload, slots, log)
+        if "weights" not in composition.needs:
+            check_weights_unread(composition, workload, slots, log)
         if not any(hasattr(cls, "NUMBERS_MATTER") for cls, _ in composition.parts.values()):
             check_numbering(composition, workload, slots, log)
 
@@ -144,6 +146,14 @@ def check_no_foresight(composition: Composition, workload: Workload, slots: int,
     assert [entry for entry in log if entry[3] < before] == [entry for entry in other_log if entry[3] < before], (
         "decisions depend on what the router chooses later"
     )
+
+
+def check_weights_unread(composition: Composition, workload: Workload, slots: int, log: Log) -> None:
+    """Without gate weights, which the composition did not ask for, the same is decided."""
+    trace = workload.trace
+    blind = replace(workload, trace=replace(trace, weights=np.zeros(trace.experts.shape, np.float16)))
+    _, other_log = run_logged(composition, blind, slots)
+    assert log == other_log, 'decisions depend on gate weights: declare it with @needs("weights")'
 
 
 def check_numbering(composition: Composition, workload: Workload, slots: int, log: Log) -> None:

@@ -62,7 +62,7 @@ def system_of(config: Config, workload: Workload, costs: Costs) -> System:
     """Build the config's system afresh, ready for one run."""
     trace = workload.trace
     composition = composition_of(config)
-    composition.check(trace.capabilities(), trace_name(config))
+    composition.check(workload.capabilities, trace_name(config))
     return build_system(
         composition,
         slots=slots_of(config["budget"], trace.model, costs),

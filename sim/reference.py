@@ -420,6 +420,7 @@ class _Observed:
         trace, rows = workload.trace, workload.rows
         self.starts = workload.offsets.tolist()
         self.experts = trace.experts[rows]
+        assert trace.weights is not None  # a workload's trace has them
         self.weights = trace.weights[rows].astype(np.float32)  # what a policy computes with, in both engines
         self.request = workload.request
         self.lookahead_experts = self.lookahead_scores = self.router_logits = None

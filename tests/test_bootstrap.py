@@ -39,14 +39,14 @@ def test_the_interval_is_the_known_one():
 
 
 @given(requests_of_a_row)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_system_never_differs_from_itself(requests):
     tokens, time = (list(values) for values in zip(*requests, strict=True))
     assert compare_speed(row(tokens, time), row(tokens, time)) == Comparison(1.0, 1.0, 1.0, False, len(tokens), "")
 
 
 @given(requests_of_a_row)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ten_percent_on_every_request_are_always_real(requests):
     tokens, time = (list(values) for values in zip(*requests, strict=True))
     slower = [1.1 * ns for ns in time]
@@ -57,7 +57,7 @@ def test_ten_percent_on_every_request_are_always_real(requests):
 
 
 @given(requests_of_a_row, st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_of_requests_does_not_matter(requests, random):
     tokens, time = (list(values) for values in zip(*requests, strict=True))
     noisy = [ns * random.uniform(0.5, 1.5) for ns in time]

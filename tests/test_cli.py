@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_list_of_a_group_gives_a_line_to_each_option(run):
         "  transient              Room for one token, and nothing kept.",
         "  uniform                The same slots for every layer.",
         "formats",
-        "  plain_arrays           Plain arrays in an `.npz` archive, as in `../shared/traces`.",
+        *(f"  {name:22} {module.__doc__.splitlines()[0]}" for name, module in traces.importers().items()),
     ]
 
 
@@ -192,6 +193,30 @@ def test_compare_leaves_out_what_the_trace_cannot_serve_and_says_so(run, tiny):
         "left out: system 'fate': its predictor CrossLayerGate needs lookahead observations, which trace 'tiny' does not "
         "hold; choose another predictor or a trace recorded with it"
     )
+
+
+def test_a_trace_without_gate_weights_runs_all_but_those_who_need_them(run, folder):
+    known, unknown = make_trace(STEPS), replace(make_trace(STEPS), weights=None, ranked=False)
+    for name, trace in (("known", known), ("unknown", unknown)):
+        save_trace(trace, folder / f"{name}.safetensors")
+        words = [f"trace={name}.safetensors", "model=trace", "budget=0.5", "jobs=1", "systems=[lru,previous_token]"]
+        code, _, err = run("compare", *words, f"results={name}")
+        assert code == 0
+    assert err[1] == (
+        "left out: system 'previous_token': its predictor PreviousToken needs gate weights, which trace 'unknown' does not "
+        "hold; choose another predictor or a trace recorded with it"
+    )
+    assert systems_in("unknown") == [name for name in systems_in("known") if name != "previous_token"]
+    speed = {name: store.read_rows(name).set_index("system")["tokens_per_s"] for name in ("known", "unknown")}
+    assert speed["known"]["lru"] == speed["unknown"]["lru"]
+
+
+def test_import_takes_the_options_of_the_format(run, folder):
+    tokens = [[[0, 0], [0, 1], [5, 4]], [[0, 0], [2, 3], [1, 0]]]
+    (folder / "it.json").write_text(json.dumps({"prompt_routed_experts": tokens, "choices": [{"routed_experts": []}]}))
+    words = ["trace", "import", "it.json", "format=vllm", "options.experts=6", "options.moe_layers=[1,2]"]
+    assert run(*words) == (0, "it.safetensors: 2 tokens of 1 requests, 2 layers x 6 experts, top-2, from it\n", [])
+    assert load_trace("it.safetensors", verify=True).experts.tolist() == [token[1:] for token in tokens]
 
 
 def test_compare_leaves_out_budgets_that_a_system_cannot_use(run, tiny):
@@ -352,7 +377,10 @@ REFUSED = {
     "nothing to import": (["trace", "import"], "source has no value; give one: source=..."),
     "import of no file": (["trace", "import", "no.npz"], "no.npz: there is no such file"),
     "import of a pickle": (["trace", "import", "pickle.safetensors"], "pickle.safetensors: "),
-    "unknown format": (["trace", "import", "no.npz", "format=foo"], "format: 'foo' cannot be imported; known: plain_arrays"),
+    "unknown format": (
+        ["trace", "import", "no.npz", "format=foo"],
+        "format: 'foo' cannot be imported; known: llama_cpp",
+    ),
     "unknown recipe": (["trace", "synthesize", "recipe=qwen3"], "recipe is 'qwen3': did you mean 'qwen3_30b'? known: "),
     "wrong parameters": (["trace", "synthesize", "parameters=3"], "parameters is 3: it must be a mapping such as "),
     "trace of another name": (["trace", "synthesize", "x.npz", SMALL], "x.npz: a trace file's name must end in "),

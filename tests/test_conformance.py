@@ -8,6 +8,7 @@ import pytest
 from policies.allocation.whole_device import WholeDevice
 from policies.eviction.fifo import FIFO
 from policies.order import oldest
+from policies.predictor.previous_token import PreviousToken
 from policies.system import Composition, find_part
 from sim.config import compose_config, options
 from sim.conformance import check
@@ -63,16 +64,23 @@ class ByNumber(FIFO):
         return min(keys, default=-1)
 
 
+class Curious(PreviousToken):
+    """Looks at gate weights without saying so."""
+
+    NEEDS = frozenset()
+
+
 @pytest.mark.parametrize(
     ("axis", "cls", "says"),
     [
+        ("predictor", Curious, 'decisions depend on gate weights: declare it with @needs\\("weights"\\)'),
         ("eviction", Unruly, "a victim must be a resident|is evicted while|while its event needs it"),
         ("eviction", ByNumber, "the numbers of the experts change what happens"),
         ("allocation", Greedy, "hands out 32 slots, but the budget holds 16"),
     ],
 )
 def test_a_policy_that_breaks_the_contract_is_caught(axis, cls, says):
-    composition = one_policy("eviction", "fifo")
+    composition = one_policy("predictor", "none") if axis == "predictor" else one_policy("eviction", "fifo")
     broken = replace(composition, parts={**composition.parts, axis: (cls, {})})
     with pytest.raises((AssertionError, InputError), match=says):
         check(broken)

@@ -82,7 +82,7 @@ def routings(draw):
 
 
 @given(routings())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_events_are_what_a_plain_loop_finds(case):
     ids, offsets, experts = case
     events = make_events(ids, offsets, experts)
@@ -99,7 +99,7 @@ def test_events_are_what_a_plain_loop_finds(case):
 
 
 @given(routings(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_future_is_what_a_plain_search_finds(case, sequential):
     events = make_events(*case)
     events = one_key_events(events) if sequential else events

@@ -309,7 +309,7 @@ def test_s3fifo_bounds_its_ghosts(steps: list[set[int]], slots: int) -> None:
 
 
 @given(unions, st.integers(1, 8), st.sampled_from(POLICIES), st.sampled_from([one_pool, pool_per_layer]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_policy_misses_less_than_belady(steps: list[set[int]], slots: int, policy: Any, pools: Any) -> None:
     events = one_key_events(events_of(steps, layers=2))
     setting = pools(events, slots, future_of(events))

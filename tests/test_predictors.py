@@ -59,7 +59,7 @@ def test_experts_listed_first_in_an_event_were_seen_latest_and_later_events_beat
 
 
 @given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 10**9)), min_size=1, max_size=9, unique_by=lambda x: x[1]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_ranking_does_not_depend_on_the_numbers_of_the_experts(experts):
     scores, seen_at = zip(*experts, strict=True)
     backwards = [(len(experts) - 1 - expert, score) for expert, score in ranked(scores[::-1], seen_at[::-1])]

@@ -100,6 +100,24 @@ def test_what_is_saved_is_loaded(path):
     assert loaded.hash == digest == content_hash(small_trace())
 
 
+def test_unknown_weights_and_order_are_saved_as_unknown(path):
+    unknown = small_trace(weights=None, ranked=False)
+    save_trace(unknown, path)
+    loaded = load_trace(path, verify=True)
+    assert loaded.weights is None
+    assert loaded.ranked is False
+    assert loaded.capabilities() == {"lookahead", "logits"}
+    assert len({content_hash(trace) for trace in (unknown, small_trace(), small_trace(ranked=False))}) == 3
+
+
+def test_weights_of_experts_in_no_order_need_not_fall(path):
+    rising = changed("weights", (0, 0), [0.25, 0.75])
+    with pytest.raises(InputError, match="descending order"):
+        save_trace(rising, path)
+    save_trace(replace(rising, ranked=False), path)
+    assert load_trace(path).weights[0, 0].tolist() == [0.25, 0.75]
+
+
 def test_the_same_trace_gives_the_same_bytes(tmp_path):
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_trace(small_trace(), first)
@@ -164,7 +182,7 @@ def traces(draw):
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trace=traces())
 def test_any_trace_survives_the_round_trip(trace, tmp_path):
     path = tmp_path / "trace.safetensors"
@@ -277,6 +295,7 @@ BAD_TRACES = {
         small_trace(provenance=Provenance("recorded", "", "", {"when": {1, 2}})),
         "metadata must hold JSON values only",
     ),
+    "order neither known nor unknown": (small_trace(ranked=None), "ranked is None; it must be true or false"),
     "domain not a text": (small_trace(domains=("prose", None)), "domains[1] is None"),
 }
 
@@ -357,6 +376,7 @@ def rejection(path, **options):
         (("__metadata__", "model"), "{}", "'model' is incomplete"),
         (("__metadata__", "model"), '{"layer": 2}', "unknown field 'model.layer'; did you mean 'layers'?"),
         (("__metadata__", "author"), "me", "unknown metadata 'author'"),
+        (("__metadata__", "ranked"), "true", "'ranked' is 'true'; it must be 'false' or absent"),
         (("__metadata__", "hash"), "abc", "the hash is 'abc'; it must be 64 hexadecimal digits"),
         (("__metadata__", "provenance"), '{"details": NaN}', "NaN is no JSON value"),
     ],
@@ -631,7 +651,7 @@ def test_bundled_recordings_are_whole_and_small():
 
 def test_the_bundled_reference_has_what_policies_need():
     trace = load_trace(bundled()["reference_16x64_top8"])
-    assert trace.capabilities() == {"lookahead", "logits"}
+    assert trace.capabilities() == {"weights", "lookahead", "logits"}
     assert (trace.tokens, trace.steps, len(set(trace.domains))) == (14 * 160, 14 * 97, 7)
     assert trace.lookahead_experts.shape == (2240, 16, 3, 16)
     assert trace.model.expert_bytes == {"bf16": 786_432}

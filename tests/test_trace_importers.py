@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_unknown_formats_and_options_are_refused(path):
         import_trace(path, "plain_arrays", model="x")
 
 
+def test_without_torch_a_pt_file_names_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "dump.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("dump/data.pkl", b"\x80\x02}.")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"needs torch, which is not installed: pip install 'foregate\[real\]'"):
+        import_trace(path, "sglang_distribution")
+
+
 # --- plain arrays -------------------------------------------------------------------------------------
 
 
@@ -118,7 +128,7 @@ def test_what_the_file_does_not_say_stays_unknown(path):
     assert (trace.model.name, trace.model.expert_bytes, trace.model.other_bytes) == ("tiny", {}, None)
     assert (trace.provenance.kind, trace.provenance.source) == ("imported", "a test")
     assert "bytes of experts and of everything else" in trace.provenance.details["unknown"]
-    assert trace.capabilities() == frozenset()
+    assert trace.capabilities() == {"weights"}
     assert read(path, model_name="other").model.name == "other"
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,17 @@ def test_caches_agree_with_the_plain_way(seed):
 def test_a_cache_of_all_experts_misses_each_once():
     curves = cache_curves(routed([0, 1], [2, 3], [1, 2], [0, 3]), [0], [1.0])
     assert curves.lru == curves.belady == curves.lru_sequential == (0.5,)
+
+
+def test_sequential_replay_is_unknown_where_the_order_of_experts_is():
+    trace = routed([0, 1], [1, 0], ranked=False)
+    found = inspect_trace(replace(trace, weights=None))
+    assert found.caches.lru_sequential is None
+    assert found.unknown == ("gate weights", "order of a token's experts")
+    console = Console(file=io.StringIO(), width=150)
+    console.print(render_statistics(found))
+    assert "gate weights, order of a token's experts" in console.file.getvalue()
+    assert "LRU, sequential replay" not in console.file.getvalue()
 
 
 def test_random_routing_hits_its_share():

@@ -72,8 +72,8 @@ def test_perfect_lookahead_foretells_everything():
 
 
 def test_lookahead_can_be_left_out_and_logits_are_left_out():
-    assert synthesize(lookahead_depth=0, **TINY).capabilities() == frozenset()
-    assert synthesize(**TINY).capabilities() == {"lookahead"}
+    assert synthesize(lookahead_depth=0, **TINY).capabilities() == {"weights"}
+    assert synthesize(**TINY).capabilities() == {"weights", "lookahead"}
 
 
 def test_no_spread_is_uniform_random_routing():

@@ -146,7 +146,7 @@ def traces(draw):
 
 
 @given(traces(), st.sampled_from(["recorded", "one_request", "continuous"]), st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_token_runs_once_and_those_of_a_request_in_order(trace, order, batch):
     validate_trace(trace, "a made-up trace")
     workload = make_workload(trace, order, batch)
@@ -158,7 +158,7 @@ def test_every_token_runs_once_and_those_of_a_request_in_order(trace, order, bat
 
 
 @given(traces(), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_step_of_decode_serves_more_than_the_batch_or_a_request_twice(trace, batch):
     workload = make_workload(trace, "continuous", batch)
     for start, end, decode in zip(workload.offsets[:-1], workload.offsets[1:], workload.decode, strict=True):

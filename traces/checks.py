@@ -48,7 +48,7 @@ class ArraySpec:
 
 ARRAYS: Mapping[str, ArraySpec] = {
     "experts": ArraySpec("TLK", _IDS),
-    "weights": ArraySpec("TLK", _FLOATS),
+    "weights": ArraySpec("TLK", _FLOATS, required=False),
     "request": ArraySpec("T", ("int32",)),
     "position": ArraySpec("T", ("int32",)),
     "step": ArraySpec("T", ("int32",)),
@@ -85,11 +85,13 @@ def validate_trace(trace: Trace, name: str) -> None:
     _check_model(name, trace.model)
     _check_provenance(name, trace.provenance)
     _check_domains(name, trace.domains)
+    if not isinstance(trace.ranked, bool):
+        raise InputError(f"{name}: ranked is {trace.ranked!r}; it must be true or false")
     arrays = present_arrays(trace)
     _check_shapes(name, trace.model, arrays)
     _check_tokens(name, trace)
     for start, block in _blocks(arrays):
-        _check_routing(_Block(name, start, trace.model), block)
+        _check_routing(_Block(name, start, trace.model), block, trace.ranked)
         _check_lookahead(_Block(name, start, trace.model), block)
         _check_importance(_Block(name, start, trace.model), block)
 
@@ -257,11 +259,15 @@ class _Block:
         raise InputError(f"{self.name}: {field}[{place}] is {values[at]}; {right}")
 
 
-def _check_routing(block: _Block, rows: Mapping[str, Array]) -> None:
-    experts, weights = rows["experts"], rows["weights"]
+def _check_routing(block: _Block, rows: Mapping[str, Array], ranked: bool) -> None:
+    experts = rows["experts"]
     _check_ids(block, "experts", experts)
-    _check_not_negative(block, "weights", weights, "a gate weight must be finite and not negative")
-    _check_ranked(block, "weights", weights, experts)
+    if "weights" in rows:
+        weights = rows["weights"]
+        _check_not_negative(block, "weights", weights, "a gate weight must be finite and not negative")
+        if ranked:
+            _check_falling(block, "weights", weights)
+        _check_absent(block, "weights", weights, experts)
     if "router_logits" in rows:
         logits = rows["router_logits"]
         block.reject("router_logits", logits, ~np.isfinite(logits), "a logit must be finite")
@@ -282,7 +288,8 @@ def _check_lookahead(block: _Block, rows: Mapping[str, Array]) -> None:
     )
     _check_not_negative(block, "lookahead_scores", scores, "a probability must be between 0 and 1")
     block.reject("lookahead_scores", scores, scores > 1 + _SLACK, "a probability must be between 0 and 1")
-    _check_ranked(block, "lookahead_scores", scores, ids)
+    _check_falling(block, "lookahead_scores", scores)
+    _check_absent(block, "lookahead_scores", scores, ids)
 
 
 def _check_importance(block: _Block, rows: Mapping[str, Array]) -> None:
@@ -328,14 +335,18 @@ def _check_not_negative(block: _Block, field: str, values: Array, right: str) ->
         block.reject(field, values, ~((values >= 0) & (values < np.inf)), right)
 
 
-def _check_ranked(block: _Block, field: str, values: Array, ids: Array) -> None:
-    """Check that `values` fall, or stay, from rank to rank, and are 0 where there is no expert."""
+def _check_falling(block: _Block, field: str, values: Array) -> None:
+    """Check that `values` fall, or stay, from rank to rank."""
     risen = np.zeros(values.shape, bool)
     risen[..., 1:] = values[..., 1:] > values[..., :-1]
     if risen.any():
         wide = values.astype(np.float32)
         risen[..., 1:] = wide[..., 1:] > wide[..., :-1] * (1 + _ROUNDING[values.dtype.name]) + 1e-7
         block.reject(field, values, risen, "it exceeds the rank before, and ranks must be in descending order")
+
+
+def _check_absent(block: _Block, field: str, values: Array, ids: Array) -> None:
+    """Check that `values` are 0 where there is no expert."""
     absent = ids == -1
     if absent.any():
         block.reject(field, values, absent & (values != 0), "it must be 0 where there is no expert")

@@ -24,6 +24,9 @@ SCHEMA = "1"
 """Version of the file's layout. A file of another version is refused."""
 
 _METADATA = ("foregate_trace", "model", "provenance", "domains", "hash")
+_UNRANKED = {"ranked": "false"}
+"""Metadata of a trace whose experts are in no promised order; absent from all others, so that these keep their bytes."""
+
 _Record = TypeVar("_Record", ModelSpec, Provenance)
 
 
@@ -43,6 +46,7 @@ def load_trace(path: str | PathLike[str], *, verify: bool = False) -> Trace:
         model=_record(path, "model", metadata, ModelSpec),
         provenance=_record(path, "provenance", metadata, Provenance),
         domains=_domains(path, metadata),
+        ranked="ranked" not in metadata,
         hash=metadata["hash"],
         **arrays,
     )
@@ -90,6 +94,7 @@ def _metadata_of(trace: Trace) -> dict[str, str]:
         "model": _to_json("model", _fields(trace.model)),
         "provenance": _to_json("provenance", _fields(trace.provenance)),
         "domains": _to_json("domains", list(trace.domains)),
+        **({} if trace.ranked else _UNRANKED),
     }
 
 
@@ -116,8 +121,10 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
             f"{path}: the schema version is '{metadata['foregate_trace']}'; this program reads version '{SCHEMA}'"
         )
     for name in metadata:
-        if name not in _METADATA:
-            raise InputError(f"{path}: unknown metadata '{name}'; {nearest(name, _METADATA)}")
+        if name not in (*_METADATA, *_UNRANKED):
+            raise InputError(f"{path}: unknown metadata '{name}'; {nearest(name, (*_METADATA, *_UNRANKED))}")
+    if metadata.get("ranked", "false") != "false":
+        raise InputError(f"{path}: the metadata 'ranked' is {metadata['ranked']!r:.80}; it must be 'false' or absent")
     for name in _METADATA:
         if name not in metadata:
             raise InputError(f"{path}: the metadata '{name}' is missing; a trace has {', '.join(_METADATA)}")

@@ -79,8 +79,9 @@ class CacheCurves:
     """[fraction][sampled layer]"""
     belady_by_layer: tuple[tuple[float, ...], ...]
     """[fraction][sampled layer]"""
-    lru_sequential: tuple[float, ...]
-    """LRU by sequential replay, as in older papers: a token's experts evict one another while it runs."""
+    lru_sequential: tuple[float, ...] | None
+    """LRU by sequential replay, as in older papers: a token's experts evict one another while it runs, lightest first.
+    None where the trace does not say which expert is the lightest."""
     random_lru: tuple[float, ...]
     """LRU on uniform random routing of the same shape: what a cache of this size gives for nothing."""
     random_lru_sequential: tuple[float, ...]
@@ -115,6 +116,8 @@ class TraceStatistics:
     layers: int
     experts: int
     top_k: int
+    unknown: tuple[str, ...]
+    """What the trace does not hold though every router has it: gate weights, the order of a token's experts."""
     popularity: Popularity
     overlap: Overlap
     caches: CacheCurves
@@ -155,11 +158,17 @@ def inspect_trace(
         layers=model.layers,
         experts=model.experts,
         top_k=model.top_k,
+        unknown=_unknown(trace),
         popularity=popularity(trace),
         overlap=lag_overlap(trace, lags),
         caches=cache_curves(trace, sampled, fractions, seed),
         recall=lookahead_recall(trace),
     )
+
+
+def _unknown(trace: Trace) -> tuple[str, ...]:
+    there = {"gate weights": trace.weights is not None, "order of a token's experts": trace.ranked}
+    return tuple(name for name, known in there.items() if not known)
 
 
 def _check_options(layers: int, sampled: Sequence[int], fractions: Sequence[float], lags: Sequence[int]) -> None:
@@ -281,7 +290,7 @@ def cache_curves(trace: Trace, layers: Sequence[int], fractions: Sequence[float]
         belady=_layer_mean(belady),
         lru_by_layer=tuple(map(tuple, lru.tolist())),
         belady_by_layer=tuple(map(tuple, belady.tolist())),
-        lru_sequential=_layer_mean(lru_sequential),
+        lru_sequential=_layer_mean(lru_sequential) if trace.ranked else None,
         random_lru=_layer_mean(control[0]),
         random_lru_sequential=_layer_mean(control[1]),
     )
@@ -412,6 +421,8 @@ def _summary_table(found: TraceStatistics) -> Table:
     table.add_row("requests, steps", f"{found.requests:,}, {found.steps:,}")
     table.add_row("popularity entropy, share of the maximum", _spread(found.popularity.entropy))
     table.add_row("uses of the hottest quarter of experts", _spread(found.popularity.hottest_quarter))
+    if found.unknown:
+        table.add_row("not known", ", ".join(found.unknown))
     return table
 
 
@@ -433,7 +444,8 @@ def _cache_table(found: TraceStatistics) -> Table:
     table.add_row("Belady", *map(_share, caches.belady))
     table.add_row("LRU", *map(_share, caches.lru))
     table.add_row("LRU, uniform random routing", *map(_share, caches.random_lru))
-    table.add_row("LRU, sequential replay", *map(_share, caches.lru_sequential))
+    if caches.lru_sequential is not None:
+        table.add_row("LRU, sequential replay", *map(_share, caches.lru_sequential))
     table.add_row("LRU, sequential, uniform random", *map(_share, caches.random_lru_sequential))
     return table
 

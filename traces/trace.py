@@ -63,9 +63,7 @@ class Trace:
     domains: tuple[str, ...]
     """Domain of each request, indexed by request id; "" where unknown."""
     experts: Array
-    """[T, L, K] int8 (E <= 128) or int16. Routed ids, descending weight; -1 where a token used fewer."""
-    weights: Array
-    """[T, L, K] float16 or float32. Gate weights as the model applied them; 0 where there is no expert."""
+    """[T, L, K] int8 (E <= 128) or int16. Routed ids, descending weight if `ranked`; -1 where a token used fewer."""
     request: Array
     """[T] int32. Which request."""
     position: Array
@@ -74,6 +72,8 @@ class Trace:
     """[T] int32. Which forward pass; tokens of one pass share it; never decreasing."""
     phase: Array
     """[T] uint8. PREFILL or DECODE."""
+    weights: Array | None = None
+    """[T, L, K] float16 or float32. Gate weights as the model applied them; 0 where there is no expert."""
     token_ids: Array | None = None
     """[T] int32."""
     router_logits: Array | None = None
@@ -86,6 +86,8 @@ class Trace:
     """[T, L, K] float16 or float32. L2 norm of each routed expert's unweighted output."""
     residual_cosine: Array | None = None
     """[T, L] float16 or float32. Cosine of the residual stream before and after the routed experts' sum."""
+    ranked: bool = True
+    """Whether a token's experts are in descending weight; False where the source does not promise it."""
     hash: str = ""
     """sha256 over arrays and metadata; "" for a trace that was never written or read."""
 
@@ -105,6 +107,6 @@ class Trace:
         return self.provenance.kind == "synthetic"
 
     def capabilities(self) -> frozenset[str]:
-        """Return what policies may need of this trace: ``lookahead``, ``logits`` (`policies.contract`)."""
-        found = {"lookahead": self.lookahead_experts, "logits": self.router_logits}
+        """Return what policies may need of this trace: ``weights``, ``lookahead``, ``logits`` (`policies.contract`)."""
+        found = {"weights": self.weights, "lookahead": self.lookahead_experts, "logits": self.router_logits}
         return frozenset(name for name, array in found.items() if array is not None)

@@ -29,9 +29,10 @@ class Popularity(NamedTuple):
 
     def observe(self, seen: Seen) -> None:  # noqa: D102
         uses = self.uses[seen.layer]
-        for expert in seen.experts.ravel():
-            if expert >= 0:
-                uses[expert] += 1.0
+        for token in seen.experts:
+            for expert in token:
+                if expert >= 0:
+                    uses[expert] += 1.0
         note_seen(self.seen_at[seen.layer], seen.experts, seen.event)
 
     def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.contract import Floats, Ints, Seen, Setting
+from policies.contract import Floats, Ints, Seen, Setting, needs
 from policies.ranking import note_seen, rank
 
 
+@needs("weights")
 class PreviousToken(NamedTuple):
     """Expect of each layer the experts that it used in the step before, heavier gate weights first.
 

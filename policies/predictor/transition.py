@@ -26,12 +26,16 @@ class Transition(NamedTuple):
     share: Floats
     """[L, E] share of the running step's tokens that use each expert."""
     routed: Ints
-    """[L, E] experts of the running step in order of first appearance, -1 behind the last: sums go in this order, so
-    that their rounding does not depend on how experts are numbered."""
+    """[L, E] experts of the running step in order of first appearance: sums go in this order, so that their rounding does
+    not depend on how experts are numbered."""
+    used: Ints
+    """[L] how many those are."""
     seen_at: Ints
     """[L, E] when each expert was routed last."""
     expected: Floats
     """[E] what a prediction adds up."""
+    addend: Floats
+    """[E] what it adds next: memory of its own, since taking new costs more than the sum."""
 
     @classmethod
     def build(cls, setting: Setting, reach: int = 1) -> Transition:
@@ -43,35 +47,36 @@ class Transition(NamedTuple):
             pairs=np.zeros((reach, *shape, setting.experts)),
             total=np.zeros((reach, *shape)),
             share=np.zeros(shape),
-            routed=np.full(shape, -1, np.int64),
+            routed=np.zeros(shape, np.int64),
+            used=np.zeros(setting.layers, np.int64),
             seen_at=np.zeros(shape, np.int64),
             expected=np.zeros(setting.experts),
+            addend=np.zeros(setting.experts),
         )
 
     def observe(self, seen: Seen) -> None:  # noqa: D102
         layer = seen.layer
         share, routed = self.share[layer], self.routed[layer]
         share[:] = 0.0
-        routed[:] = -1
         count = 0
-        for expert in seen.experts.ravel():
-            if expert >= 0:
-                if share[expert] == 0.0:
-                    routed[count] = expert
-                    count += 1
-                share[expert] += 1.0 / len(seen.experts)
-        used = 0.0
+        for token in seen.experts:
+            for expert in token:
+                if expert >= 0:
+                    if share[expert] == 0.0:
+                        routed[count] = expert
+                        count += 1
+                    share[expert] += 1.0 / len(seen.experts)
+        self.used[layer] = count
+        mass = 0.0
         for expert in routed[:count]:
-            used += share[expert]
+            mass += share[expert]
         for ahead in range(1, min(len(self.pairs), layer) + 1):
-            for before in self.routed[layer - ahead]:
-                if before < 0:
-                    break
+            for before in self.routed[layer - ahead, : self.used[layer - ahead]]:
                 weight = self.share[layer - ahead, before]
                 followers = self.pairs[ahead - 1, layer - ahead, before]
                 for expert in routed[:count]:
                     followers[expert] += weight * share[expert]
-                self.total[ahead - 1, layer - ahead, before] += weight * used
+                self.total[ahead - 1, layer - ahead, before] += weight * mass
         note_seen(self.seen_at[layer], seen.experts, seen.event)
 
     def predict(self, seen: Seen, ahead: int, ids: Ints, scores: Floats) -> int:  # noqa: D102
@@ -80,10 +85,9 @@ class Transition(NamedTuple):
             return 0
         expected = self.expected
         expected[:] = 0.0
-        for before in self.routed[layer]:
-            if before < 0:
-                break
+        for before in self.routed[layer, : self.used[layer]]:
             total = self.total[ahead - 1, layer, before]
             if total > 0:
-                expected += self.share[layer, before] * self.pairs[ahead - 1, layer, before] / total
+                np.multiply(self.pairs[ahead - 1, layer, before], self.share[layer, before] / total, self.addend)
+                np.add(expected, self.addend, expected)
         return rank(expected, self.seen_at[layer + ahead], ids, scores)

@@ -16,7 +16,7 @@ from policies.contract import Seen, Setting
 from policies.system import System
 from sim.fast.callbacks import PythonEviction, PythonPredictor, callback
 from sim.fast.members import insert, make_members, remove, touch, victim
-from sim.fast.native import checked_bounds, compiled, entry, make_known, not_compiled, size_of, store
+from sim.fast.native import NUMBER, bind, entry, keep, not_compiled
 
 EVENT, ADMIT, EVICTED, OBSERVE, PREDICT, MOST, TAKE, EVICTION, PREDICTOR, PREFETCH = range(10)
 """Places in the table: seven entries (0 where there is nothing to call), then the states of the three policies."""
@@ -37,7 +37,7 @@ class Told(NamedTuple):
     """What the loop writes for policies to read: memory that they share, so that a call carries four numbers only."""
 
     holds: Any
-    """[keys] int8: how firmly every key is held; a column of `sim.fast.state.EXPERT`."""
+    """[keys] int8: how firmly every key is held (policies.residency)."""
     hits: Any
     """[E] int32: keys of the running event that were there."""
     misses: Any
@@ -50,10 +50,10 @@ class Told(NamedTuple):
     """[E]"""
 
 
-def make_told(setting: Setting, holds: Any) -> Told:
+def make_told(setting: Setting) -> Told:
     """Return the shared memory of one run."""
     return Told(
-        holds=holds,
+        holds=np.zeros(setting.keys, np.int8),
         hits=np.zeros(setting.experts, np.int32),
         misses=np.zeros(setting.experts, np.int32),
         seen=np.zeros(4, np.int64),
@@ -125,12 +125,12 @@ class Hooks:
         if not hasattr(policy, "observe"):
             self.table[OBSERVE] = 0
 
-    def _compile(self, axis: str, place: int, bind: Callable[..., Any], policy: Any, state: Callable[[], Any]) -> bool:
+    def _compile(self, axis: str, place: int, entries: Callable[..., Any], policy: Any, state: Callable[[], Any]) -> bool:
         """Compile the entries of a policy, if numba can (an empty tuple it cannot pass), and put its state into memory."""
         cls = type(policy)
         if not self._interpret and cls not in not_compiled and issubclass(cls, tuple) and len(policy):
             try:
-                self._put(place, bind, state())
+                self._put(place, entries, state())
             except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
                 not_compiled.add(cls)
             else:
@@ -138,14 +138,8 @@ class Hooks:
         self.interpreted.append(axis)
         return False
 
-    def _put(self, place: int, bind: Callable[..., Any], state: Any) -> None:
-        memory = np.zeros(2048, np.int64)
-        cls: Any = type(state[0])
-        function = compiled(bind, make_known(cls))
-        with checked_bounds(type(state[0])):
-            bound = function(state, memory.ctypes.data, memory.nbytes, self.table)
-        if not bound:
-            raise ValueError("a policy has more arrays than there is room for")
+    def _put(self, place: int, entries: Callable[..., Any], state: Any) -> None:
+        memory = bind(entries, type(state[0]), state, self.table)
         self.table[place] = memory.ctypes.data
         self._alive = [kept for kept in self._alive if kept[0] != place] + [(place, state, memory)]
 
@@ -161,24 +155,27 @@ class Hooks:
 def event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
     """Tell the policy which experts of an event are there and which are not."""
     policy, told, members = state
+    pool &= NUMBER
     for index in range(hits):
-        policy.on_hit(told.hits[index], pool, now)
-        touch(policy, members, told.hits[index], pool, now)
+        key = told.hits[index] & NUMBER
+        policy.on_hit(key, pool, now)
+        touch(policy, members, key, pool, now)
     for index in range(misses):
-        policy.on_miss(told.misses[index], pool, now)
+        policy.on_miss(told.misses[index] & NUMBER, pool, now)
     return 0
 
 
 def admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
     """Give `key` a slot: a free one, or that of somebody held below `limit`; return who left."""
     policy, told, members = state
-    leaving = NOBODY
+    key, pool, leaving = key & NUMBER, pool & NUMBER, NOBODY
     if limit != ROOM:
         leaving = victim(policy, members, told.holds, pool, limit, now)
         if leaving < 0:
             return REFUSED
         if leaving >= len(told.holds):
             return leaving  # no expert: the loop sees to it
+        leaving &= NUMBER
         remove(policy, members, leaving, pool, now)
         policy.on_evict(leaving, pool, now)
     policy.on_insert(key, pool, now)
@@ -189,6 +186,7 @@ def admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
 def evicted(state: Any, key: Any, pool: Any, now: Any, d: Any) -> Any:
     """Tell the policy that `key` lost its slot for another reason than to make room."""
     policy, _, members = state
+    key, pool = key & NUMBER, pool & NUMBER
     remove(policy, members, key, pool, now)
     policy.on_evict(key, pool, now)
     return 0
@@ -198,9 +196,8 @@ _event, _admit, _evicted = entry(event), entry(admit), entry(evicted)
 
 
 def _bind_eviction(state: Any, memory: Any, size: Any, table: Any) -> Any:
-    if size < size_of(state):
+    if not keep(state, memory, size):
         return False
-    store(memory, state)
     table[EVENT], table[ADMIT], table[EVICTED] = _event(state), _admit(state), _evicted(state)
     return True
 
@@ -241,9 +238,8 @@ _observe, _predict = entry(observe), entry(predict)
 
 
 def _bind_predictor(state: Any, memory: Any, size: Any, table: Any) -> Any:
-    if size < size_of(state):
+    if not keep(state, memory, size):
         return False
-    store(memory, state)
     table[OBSERVE], table[PREDICT] = _observe(state), _predict(state)
     return True
 
@@ -264,8 +260,7 @@ _most, _take = entry(most), entry(take)
 
 
 def _bind_prefetch(state: Any, memory: Any, size: Any, table: Any) -> Any:
-    if size < size_of(state):
+    if not keep(state, memory, size):
         return False
-    store(memory, state)
     table[MOST], table[TAKE] = _most(state), _take(state)
     return True

@@ -16,7 +16,9 @@ from policies.residency import AWAITED, FREE, HELD
 from sim.fast.hooks import REFUSED, ROOM
 from sim.fast.native import FAILED, call
 from sim.fast.state import (
+    CELL,
     EXPERT,
+    INT8,
     INT32,
     INT64,
     LOG,
@@ -33,6 +35,7 @@ from sim.fast.state import (
     put,
     record,
     step_of,
+    transfer_of,
 )
 
 NOTHING = -1
@@ -87,7 +90,7 @@ def run_part(runs: Any, stop: Any) -> Any:
     return run.now + 1
 
 
-@njit
+@njit(forceinline=True)
 def _serve_event(run: Any, gate_end: Any) -> None:
     """Decide, load and compute the experts of one (step, layer)."""
     if run.release_ns != NEVER:
@@ -139,29 +142,29 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     now, first_key = run.now, run.first_key
     # In local variables, because a compiler must assume that writing any table changes them.
     keys_at, tokens_at, expert_ns_at = run.keys_at, run.tokens_at, run.expert_ns_at
-    experts_at, places_at, hits_at, misses_at = run.experts_at, run.places_at, run.hits_at, run.misses_at
+    experts_at, places_at, holds_at = run.experts_at, run.places_at, run.holds_at
+    hits_at, misses_at = run.hits_at, run.misses_at
     run.held = stop - start
-    hits = awaited = absent = hits_ns = awaited_ns = total_ns = 0
+    hits = awaited = absent = present_ns = total_ns = 0
     for index in range(start, stop):
         key = number(keys_at, index, INT32)
         takes = number(expert_ns_at, number(tokens_at, index, INT32), INT64)
         expert = record(experts_at, key, EXPERT)
         expert.needed = now
-        expert.hold = HELD  # until the event ends; for those that have no slot it means nothing
+        put(holds_at, key, HELD, INT8)  # until the event ends; for those that have no slot it means nothing
         record(places_at, key - first_key, PLACE).takes = takes
         record(places_at, index - start, PLACE).held = key
-        # Both lists are written and one of them grows: nobody, no processor either, foresees which.
+        # All lists are written and some of them grow: nobody, no processor either, foresees which.
         put(hits_at, hits, key, INT32)
         put(misses_at, absent, key, INT32)
+        record(places_at, awaited, PLACE).awaited = key
         resident = int(expert.resident)
+        in_flight = resident & int(expert.transfer != NONE)
         hits += resident
         absent += 1 - resident
-        hits_ns += resident * takes
+        awaited += in_flight
+        present_ns += (resident - in_flight) * takes
         total_ns += takes
-        if expert.resident and expert.transfer != NONE:
-            place(run, awaited).awaited = key
-            awaited += 1
-            awaited_ns += takes
         if expert.unused >= 0:
             expert.unused = NOTHING
             if expert.transfer != NONE:
@@ -187,17 +190,20 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     if this.predicted >= 0:
         run.predicted += this.predicted
         run.needed_after_prediction += stop - start
-        stale = False
+        stale = needed = 0
+        cells_at = this.cells_at
         for index in range(this.predicted):
-            chosen = cell(this, index).choice
-            cell(this, chosen).predicted = False
-            expert = expert_of(run, first_key + chosen)
-            run.predicted_and_needed += expert.needed == run.now
-            stale |= expert.needed != run.now and expert.transfer != NONE
+            chosen = record(cells_at, index, CELL).choice
+            record(cells_at, chosen, CELL).predicted = False
+            expert = record(experts_at, first_key + chosen, EXPERT)
+            hit = int(expert.needed == now)
+            needed += hit
+            stale |= (1 - hit) & int(expert.transfer != NONE)
+        run.predicted_and_needed += needed
         this.predicted = NOTHING
         if stale:
             _drop_stale_prefetches(run)
-    return hits, awaited, absent, hits_ns - awaited_ns
+    return hits, awaited, absent, present_ns
 
 
 @njit(forceinline=True)
@@ -218,8 +224,7 @@ def _begin_wave(run: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
         if expert.transfer != NONE:
             _promote(run, key)
         else:
-            _prepare(run, expert, run.now, False)
-            expert.demand = True
+            _prepare(run, key, run.now, False, True)
             place(run, run.demands).demand = key
             run.demands += 1
 
@@ -233,15 +238,15 @@ def _hold_wave(run: Any, hits: Any, wave: Any, next_wave: Any) -> None:
     for index in range(wave, next_wave):
         key = number(run.misses_at, index, INT32)
         place(run, hits + index - wave).held = key
-        expert_of(run, key).hold = HELD
+        put(run.holds_at, key, HELD, INT8)
 
 
 @njit(forceinline=True)
 def _release(run: Any) -> None:
     """Let go of what the event, or its last wave, holds."""
-    experts_at, places_at = run.experts_at, run.places_at
+    holds_at, places_at = run.holds_at, run.places_at
     for index in range(run.held):
-        record(experts_at, record(places_at, index, PLACE).held, EXPERT).hold = FREE
+        put(holds_at, record(places_at, index, PLACE).held, FREE, INT8)
 
 
 @njit(forceinline=True)
@@ -258,9 +263,9 @@ def _drop_stale_prefetches(run: Any) -> None:
     """Take out of the queue what was predicted for this event and is not needed."""
     key = run.oldest
     while key != NOTHING:
-        expert = expert_of(run, key)
-        newer = expert.newer
-        if expert.target <= run.now and not expert.refresh and expert.needed != run.now:
+        expert, transfer = expert_of(run, key), transfer_of(run, key)
+        newer = transfer.newer
+        if transfer.target <= run.now and not expert.refresh and expert.needed != run.now:
             _unqueue(run, key)
             _give_up(run, key)
         key = newer
@@ -273,12 +278,13 @@ def _end_event(run: Any) -> None:
     run.release_ns = NEVER
     _release(run)
     this = coming(run, 0)
+    cells_at, experts_at, now, first_key = this.cells_at, run.experts_at, run.now, run.first_key
     for index in range(this.prefetched):
-        key = cell(this, index).prefetched
-        expert = expert_of(run, key)
-        cell(this, key - run.first_key).listed = False
-        if expert.unused == run.now and expert.transfer == NONE:
-            expert_of(run, key).hold = FREE
+        key = record(cells_at, index, CELL).prefetched
+        expert = record(experts_at, key, EXPERT)
+        record(cells_at, key - first_key, CELL).listed = False
+        if expert.unused == now and expert.transfer == NONE:
+            put(run.holds_at, key, FREE, INT8)
             if run.drop_unused_prefetches:
                 _evict(run, key, ns)
     this.prefetched = 0
@@ -288,7 +294,7 @@ def _end_event(run: Any) -> None:
 # ---- prediction --------------------------------------------------------------------------------------------------
 
 
-@njit
+@njit(forceinline=True)
 def _predict(run: Any) -> None:
     """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
     step = step_of(run)
@@ -320,20 +326,23 @@ def _predict(run: Any) -> None:
         first_key = layer * run.experts
         event = coming(run, ahead)
         event.first_key = first_key
-        event.predicted = max(event.predicted, 0)
+        predicted = max(event.predicted, 0)
+        cells_at, experts_at, ids_at = event.cells_at, run.experts_at, run.ids_at
         for index in range(taken):
-            chosen = number(run.ids_at, index, INT64)
+            chosen = number(ids_at, index, INT64)
             if chosen < 0 or chosen >= run.experts:
                 run.broken = BY_PREDICTION
                 run.broken_by = chosen
                 return
-            if not cell(event, chosen).predicted:
-                cell(event, chosen).predicted = True
-                cell(event, event.predicted).choice = chosen
-                event.predicted += 1
-            expert = expert_of(run, first_key + chosen)
-            if not expert.resident and expert.transfer == NONE:
+            entry = record(cells_at, chosen, CELL)
+            if not entry.predicted:
+                entry.predicted = True
+                record(cells_at, predicted, CELL).choice = chosen
+                predicted += 1
+            expert = record(experts_at, first_key + chosen, EXPERT)
+            if (int(expert.resident) | expert.transfer) == NONE:
                 _queue(run, first_key + chosen, run.now + ahead, False)
+        event.predicted = predicted
 
 
 # ---- slots -------------------------------------------------------------------------------------------------------
@@ -348,7 +357,7 @@ def _start_transfer(
     """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
     expert = expert_of(run, key)
     if expert.refresh:
-        expert_of(run, key).hold = HELD
+        put(run.holds_at, key, HELD, INT8)
         _note(run, ns, REFRESH, key)
         return True
     if not _take_slot(run, key, ns):
@@ -356,7 +365,7 @@ def _start_transfer(
         expert.transfer = NONE
         _note(run, ns, CANCEL, key)
         return False
-    expert_of(run, key).hold = HELD
+    put(run.holds_at, key, HELD, INT8)
     expert.resident = True
     pool_of(run, expert.pool).taken += 1
     run.taken += 1
@@ -366,8 +375,8 @@ def _start_transfer(
         _note(run, ns, LOADS, key)
     else:
         run.prefetches += 1
-        expert.unused = expert.target
-        event = coming(run, expert.target - run.now)
+        expert.unused = target = transfer_of(run, key).target
+        event = coming(run, target - run.now)
         expected = cell(event, key - event.first_key)
         if not expected.listed:
             expected.listed = True
@@ -377,7 +386,7 @@ def _start_transfer(
     return True
 
 
-@njit
+@njit(forceinline=True)
 def _take_slot(
     run: Any,
     key: Any,
@@ -398,7 +407,7 @@ def _take_slot(
             while paused != NOTHING and not (
                 expert_of(run, paused).transfer == STARTED and expert_of(run, paused).pool == pool
             ):
-                paused = expert_of(run, paused).newer
+                paused = transfer_of(run, paused).newer
             if paused == NOTHING:
                 run.broken = BY_HOLDING
                 return True
@@ -416,7 +425,7 @@ def _take_slot(
             or leaving >= run.keys
             or expert_of(run, leaving).pool != pool
             or not expert_of(run, leaving).resident
-            or expert_of(run, leaving).hold >= limit
+            or number(run.holds_at, leaving, INT8) >= limit
         ):
             run.broken = BY_VICTIM
             run.broken_by = leaving
@@ -459,7 +468,7 @@ def _give_up(run: Any, key: Any) -> None:
     _note(run, run.time, CANCEL, key)
     if started:
         expert.unused = -1
-        moved = (run.chunks - expert.chunks_left) * run.chunk_bytes
+        moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
         if expert.refresh:
             run.refresh_bytes += moved
         else:
@@ -474,7 +483,7 @@ def _give_up(run: Any, key: Any) -> None:
 def _let_link_act(run: Any, until: Any) -> None:
     """Serve what was put into the queues, and let time pass to `until`; longer, if an event waits for transfers."""
     if run.demands and run.moving != NOTHING and not expert_of(run, run.moving).demand:
-        _ask_to_give_way(run, expert_of(run, run.moving))
+        _ask_to_give_way(run)
     while not run.broken:
         if run.moving == NOTHING:
             if run.demands:
@@ -486,9 +495,8 @@ def _let_link_act(run: Any, until: Any) -> None:
         run.time = run.alarm_ns
         if run.outstanding:
             until = run.time
-        moving = expert_of(run, run.moving)
         if run.alarm == GIVE_WAY:
-            _give_way(run, moving)
+            _give_way(run)
         else:
             run.busy_ns += run.time - run.moving_since
             key = run.moving
@@ -500,18 +508,23 @@ def _let_link_act(run: Any, until: Any) -> None:
 @njit(forceinline=True)
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
-    ns = run.time
+    ns, compute, waited = run.time, run.compute, run.waited
+    places_at, experts_at, first_key = run.places_at, run.experts_at, run.first_key
+    chunk_ns, last_chunk_ns = run.chunk_ns, run.last_chunk_ns
     for index in range(run.demands):
-        key = place(run, index).demand
-        expert = expert_of(run, key)
+        demand = record(places_at, index, PLACE)
+        key = demand.demand
+        expert = record(experts_at, key, EXPERT)
         if expert.transfer != STARTED:
             _start_transfer(run, key, ns)
-        ns += (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+        ns += (transfer_of(run, key).chunks_left - 1) * chunk_ns + last_chunk_ns
         expert.transfer = NONE
         if expert.refresh:
             run.refresh_bytes += run.expert_bytes
-        _compute_when_landed(run, ns, key)
-        place(run, index).landed_ns = ns
+        waited += max(ns - compute, 0)
+        compute = max(ns, compute) + record(places_at, key - first_key, PLACE).takes
+        demand.landed_ns = ns
+    run.compute, run.waited = compute, waited
     if run.logging:
         for index in range(run.demands):
             _note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
@@ -533,42 +546,44 @@ def _serve_prefetch(run: Any) -> None:
             run.moving = key
             run.moving_since = run.time
             run.alarm = END
-            run.alarm_ns = run.time + (expert.chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+            run.alarm_ns = run.time + (transfer_of(run, key).chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
             return
 
 
 @njit(forceinline=True)
-def _ask_to_give_way(run: Any, moving: Any) -> None:
+def _ask_to_give_way(run: Any) -> None:
     """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
-    if run.chunk_ns == 0 or moving.chunks_left == 1:
+    chunks_left = transfer_of(run, run.moving).chunks_left
+    if run.chunk_ns == 0 or chunks_left == 1:
         return
     elapsed = run.time - run.moving_since
     chunks = max(1, -(-elapsed // run.chunk_ns))
-    if chunks < moving.chunks_left:
+    if chunks < chunks_left:
         run.alarm = GIVE_WAY
         run.alarm_ns = run.moving_since + chunks * run.chunk_ns
 
 
 @njit(forceinline=True)
-def _give_way(run: Any, moving: Any) -> None:
+def _give_way(run: Any) -> None:
     """Pause the prefetch on the link at a chunk's end, if a demand is still waiting; keep it if its event is to come."""
+    key = run.moving
+    expert, transfer = expert_of(run, key), transfer_of(run, key)
     elapsed = run.time - run.moving_since
     chunks = elapsed // run.chunk_ns
-    if moving.demand or run.demands == 0:  # promoted meanwhile: go on to the end
+    if expert.demand or run.demands == 0:  # promoted meanwhile: go on to the end
         run.alarm = END
-        run.alarm_ns = run.time + (moving.chunks_left - 1 - chunks) * run.chunk_ns + run.last_chunk_ns
+        run.alarm_ns = run.time + (transfer.chunks_left - 1 - chunks) * run.chunk_ns + run.last_chunk_ns
         return
     run.busy_ns += elapsed
-    moving.chunks_left -= chunks
-    key = run.moving
+    transfer.chunks_left -= chunks
     run.moving = NOTHING
-    if moving.refresh or moving.target > run.now:
-        moving.older = NOTHING
-        moving.newer = run.oldest
+    if expert.refresh or transfer.target > run.now:
+        transfer.older = NOTHING
+        transfer.newer = run.oldest
         if run.oldest == NOTHING:
             run.newest = key
         else:
-            expert_of(run, run.oldest).older = key
+            transfer_of(run, run.oldest).older = key
         run.oldest = key
     else:
         _give_up(run, key)
@@ -585,12 +600,12 @@ def _land(run: Any, key: Any, ns: Any) -> None:
     if expert.demand:
         _compute_when_landed(run, ns, key)
         run.outstanding -= 1
-    elif expert.refresh or expert.target <= run.now:
-        expert_of(run, key).hold = FREE
+    elif expert.refresh or transfer_of(run, key).target <= run.now:
+        put(run.holds_at, key, FREE, INT8)
         if run.drop_unused_prefetches and not expert.refresh:
             _evict(run, key, ns)
     else:
-        expert_of(run, key).hold = AWAITED
+        put(run.holds_at, key, AWAITED, INT8)
 
 
 @njit(forceinline=True)
@@ -604,40 +619,41 @@ def _promote(run: Any, key: Any) -> None:
 
 
 @njit(forceinline=True)
-def _prepare(run: Any, expert: Any, target: Any, refresh: Any) -> None:
+def _prepare(run: Any, key: Any, target: Any, refresh: Any, demand: Any) -> None:
     """Make a transfer of an expert that has none."""
+    expert, transfer = expert_of(run, key), transfer_of(run, key)
     expert.transfer = QUEUED
-    expert.target = target
     expert.refresh = refresh
-    expert.demand = False
-    expert.chunks_left = run.chunks
+    expert.demand = demand
+    transfer.target = target
+    transfer.chunks_left = run.chunks
 
 
 @njit(forceinline=True)
 def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
     """Put a new transfer at the end of the queue of prefetches."""
-    _prepare(run, expert_of(run, key), target, refresh)
-    expert_of(run, key).older = run.newest
-    expert_of(run, key).newer = NOTHING
+    _prepare(run, key, target, refresh, False)
+    transfer_of(run, key).older = run.newest
+    transfer_of(run, key).newer = NOTHING
     if run.newest == NOTHING:
         run.oldest = key
     else:
-        expert_of(run, run.newest).newer = key
+        transfer_of(run, run.newest).newer = key
     run.newest = key
 
 
 @njit(forceinline=True)
 def _unqueue(run: Any, key: Any) -> None:
     """Take a transfer out of the queue of prefetches."""
-    older, newer = expert_of(run, key).older, expert_of(run, key).newer
+    older, newer = transfer_of(run, key).older, transfer_of(run, key).newer
     if older == NOTHING:
         run.oldest = newer
     else:
-        expert_of(run, older).newer = newer
+        transfer_of(run, older).newer = newer
     if newer == NOTHING:
         run.newest = older
     else:
-        expert_of(run, newer).older = older
+        transfer_of(run, newer).older = older
 
 
 # ---- counters ----------------------------------------------------------------------------------------------------

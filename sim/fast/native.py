@@ -25,6 +25,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload, overload_method
 from platformdirs import user_cache_dir
 
@@ -33,6 +34,9 @@ FAILED = -(1 << 62)
 
 PARAMETERS = 4
 """Whole numbers that every entry takes after the address of its state."""
+
+NUMBER = (1 << 31) - 1
+"""All that an expert key or a pool can be: ``key & NUMBER`` tells the compiler that an index does not count from the end."""
 
 _INT64 = ir.IntType(64)
 
@@ -161,16 +165,12 @@ def checked_bounds(cls: type) -> Iterator[None]:
 # ---- the disk cache ----------------------------------------------------------------------------------------------
 
 
+@cache
 def compiled(function: Callable[..., Any], of: str = "") -> Any:
     """Return `function` as a compiled function that is kept on disk; `of` is the digest of the policy it is compiled for.
 
     numba's own cache looks at the file of `function` only; here the folder is named by all that decides the code.
     """
-    return _compiled(function, of)
-
-
-@cache
-def _compiled(function: Callable[..., Any], of: str) -> Any:
     digest = hashlib.sha256(f"{_engine_digest()} {of}".encode()).hexdigest()[:24]
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(cache_folder() / digest)  # read when the decorator runs, and put back after it
@@ -285,6 +285,29 @@ def call(typing_context: Any, address: Any, state: Any, a: Any, b: Any, c: Any, 
     return types.int64(*[types.int64] * (2 + PARAMETERS)), generate
 
 
+@njit(forceinline=True)
+def keep(state: Any, memory: Any, size: Any) -> Any:
+    """Put `state` at the address `memory`, if the `size` bytes there are enough; return whether they are."""
+    if size < size_of(state):
+        return False
+    store(memory, state)
+    return True
+
+
+def bind(entries: Callable[..., Any], cls: type, state: Any, table: Any) -> Any:
+    """Compile `entries` of a policy `cls`, let it write their addresses into `table`, and return the memory of `state`.
+
+    That memory holds addresses of the state's arrays: the caller keeps both alive for as long as the entries are called.
+    Raises ValueError for a state that is too large, and whatever numba raises for what it cannot compile.
+    """
+    memory = np.zeros(2048, np.int64)
+    function = compiled(entries, make_known(cls))
+    with checked_bounds(cls):
+        if not function(state, memory.ctypes.data, memory.nbytes, table):
+            raise ValueError("a policy has more arrays than there is room for")
+    return memory
+
+
 def run_entry(address: Any, state: Any) -> Any:
     """Call an entry that needs no numbers."""
     return call(address, state, 0, 0, 0, 0)
@@ -303,6 +326,9 @@ def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return value
 
 
+# numba asks for attributes in the order in which it learned of them: fields of named tuples first, then methods of ours, so
+# that a field may be called like another policy's method.
+cpu_target.typing_context.refresh()
 for _name, _method in inspect.getmembers(_Optional, inspect.isfunction):
     _known.add(_name)
     _know_method(_name, _method)

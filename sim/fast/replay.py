@@ -11,7 +11,7 @@ from policies.contract import Setting
 from policies.residency import FREE, HELD, ContractError, no_victim
 from sim.events import Events
 from sim.fast.members import insert, make_members, remove, touch, victim
-from sim.fast.native import FAILED, checked_bounds, compiled, entry, make_known, not_compiled, run_entry, size_of, store
+from sim.fast.native import FAILED, NUMBER, bind, compiled, entry, keep, not_compiled, run_entry
 from sim.fast.run import PolicyRaised
 
 WRONG = -1
@@ -57,18 +57,16 @@ def fast_misses(policy: Any, setting: Setting, events: Events) -> int | None:
         events.offsets,
         events.keys,
     )
-    memory, table = np.zeros(2048, np.int64), np.zeros(2, np.int64)
+    table = np.zeros(2, np.int64)
+    state = (policy, slots, make_members(setting, policy, extra=most))
     try:
-        state = (policy, slots, make_members(setting, policy, extra=most))
-        binding = compiled(bind_replay, make_known(type(policy)))
-        with checked_bounds(type(policy)):
-            if not binding(state, memory.ctypes.data, memory.nbytes, table):
-                return None
+        memory = bind(bind_replay, type(policy), state, table)
     except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
         not_compiled.add(type(policy))
         return None
     single = most == 1 and setting.pools == 1 and len(events.keys) == events.total and setting.capacity[0] > 0
     misses = int(compiled(run_entry)(table[int(single)], memory.ctypes.data))
+    del state  # no sooner: the loop had the addresses of its arrays only
     if misses == FAILED:
         raise PolicyRaised("a compiled policy raised an exception; replay with engine='reference' shows which")
     if misses < 0:
@@ -84,7 +82,7 @@ def replay(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         start, stop = slots.offsets[now], slots.offsets[now + 1]
         absent = 0
         for access in range(start, stop):
-            key = slots.keys[access]
+            key = slots.keys[access] & NUMBER
             if slots.resident[key]:
                 policy.on_hit(key, slots.pool_of[key], now)
                 touch(policy, members, key, slots.pool_of[key], now)
@@ -99,8 +97,8 @@ def replay(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         for index in range(absent):
             policy.on_miss(slots.absent[index], slots.pool_of[slots.absent[index]], now)
         for index in range(absent):
-            key = slots.absent[index]
-            pool = slots.pool_of[key]
+            key = slots.absent[index] & NUMBER
+            pool = slots.pool_of[key] & NUMBER
             if slots.taken[pool] >= slots.capacity[pool]:
                 leaving = _let_one_leave(policy, slots, members, pool, now)
                 if leaving < WRONG:
@@ -126,7 +124,7 @@ def replay_single(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     misses = 0
     taken, capacity = 0, slots.capacity[0]
     for now in range(len(slots.keys)):
-        key = slots.keys[now]
+        key = slots.keys[now] & NUMBER
         if slots.resident[key]:
             policy.on_hit(key, 0, now)
             touch(policy, members, key, 0, now)
@@ -167,8 +165,7 @@ _replay, _replay_single = entry(replay), entry(replay_single)
 
 def bind_replay(state: Any, memory: Any, size: Any, table: Any) -> Any:
     """Put `state` into `memory` and the address of the loop into `table`; return whether there was room."""
-    if size < size_of(state):
+    if not keep(state, memory, size):
         return False
-    store(memory, state)
     table[0], table[1] = _replay(state), _replay_single(state)
     return True

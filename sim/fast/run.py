@@ -16,7 +16,7 @@ from sim.fast import kernel
 from sim.fast.hooks import PLACES, Hooks, Observed, make_told
 from sim.fast.kernel import EVENTS, NOTHING, run_part
 from sim.fast.native import compiled
-from sim.fast.state import CELL, COMING, EXPERT, LOG, PLACE, POOL, RUN, STEP
+from sim.fast.state import CELL, COMING, EXPERT, LOG, PLACE, POOL, RUN, STEP, TRANSFER
 from sim.fast.unions import widen_halves
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
@@ -58,12 +58,12 @@ class _FastRun:
         self.system, self.workload, self.costs, self.log = system, workload, costs, log
         self.steps = make_steps(workload, costs)
         self.tables = make_tables(system, logging=log is not None)
-        self.told = make_told(system.setting, self.tables["experts_at"]["hold"])
+        self.told = make_told(system.setting)
         self.hooks = Hooks(system, self.told, interpret=interpret)
         self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers)
         self.run["logging"], self.run["log_room"] = log is not None, len(self.tables["log_at"])
         self._point_to(self.tables)
-        self._point_to({f"{name}_at": getattr(self.told, name) for name in ("hits", "misses", "seen", "ids")})
+        self._point_to({f"{name}_at": getattr(self.told, name) for name in ("holds", "hits", "misses", "seen", "ids")})
         self._point_to({"expert_ns_at": costs.expert_ns})
         self._buffers: dict[str, Any] = {}
 
@@ -220,6 +220,7 @@ def make_tables(system: System, logging: bool) -> dict[str, Any]:
     return {
         "cells": cells,
         "experts_at": experts,
+        "transfers_at": np.zeros(setting.keys, TRANSFER),
         "pools_at": pools,
         "places_at": np.zeros(setting.experts, PLACE),
         "coming_at": coming,

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
+INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
 
 RUN = np.dtype(
     [
@@ -38,9 +38,9 @@ RUN = np.dtype(
             # log: whether there is one, entries, and room for them; why the run stopped, and over which number
             *("logging", "logged", "log_room", "broken", "broken_by"),
             # addresses: tables of records
-            *("experts_at", "pools_at", "places_at", "coming_at", "steps_at", "log_at"),
+            *("experts_at", "transfers_at", "pools_at", "places_at", "coming_at", "steps_at", "log_at"),
             # arrays that policies see (sim.fast.hooks.Told)
-            *("hits_at", "misses_at", "seen_at", "ids_at"),
+            *("holds_at", "hits_at", "misses_at", "seen_at", "ids_at"),
             # events of the present part of the trace
             *("first_event", "first_step", "offsets_at", "keys_at", "tokens_at", "expert_ns_at"),
             # entries of the policies and their states (sim.fast.hooks)
@@ -57,22 +57,27 @@ NONE, QUEUED, STARTED = 0, 1, 2
 
 EXPERT = np.dtype(
     [
-        ("target", np.int32),  # event that the transfer is for
         ("unused", np.int32),  # event that a prefetched expert, not used yet, was fetched for; -1 for others
         ("needed", np.int32),  # last event that needed the expert
-        ("older", np.int32),  # neighbours in the queue of prefetches
-        ("newer", np.int32),
-        ("chunks_left", np.int32),
         ("pool", np.int16),
         ("resident", np.bool_),  # holds a slot
         ("transfer", np.int8),  # NONE, QUEUED or STARTED
         ("demand", np.bool_),  # an event waits for the transfer
         ("refresh", np.bool_),  # the transfer renews a resident
-        ("hold", np.int8),  # how firmly the expert is held: policies.residency
     ],
     align=True,
 )
-"""[keys] one expert: what `sim.link.Transfer` and the dictionaries of the reference engine hold. Read most, so small."""
+"""[keys] one expert: what the dictionaries of the reference engine hold. Read most, so small."""
+
+TRANSFER = np.dtype(
+    [
+        ("target", np.int32),  # event that the transfer is for
+        ("older", np.int32),  # neighbours in the queue of prefetches
+        ("newer", np.int32),
+        ("chunks_left", np.int32),
+    ]
+)
+"""[keys] the transfer of an expert, while there is one: the rest of `sim.link.Transfer`."""
 
 POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
 """[pools]"""
@@ -162,6 +167,12 @@ def put(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) ->
 def expert_of(run: Any, key: Any) -> Any:
     """Return the record of an expert key."""
     return record(run.experts_at, key, EXPERT)
+
+
+@njit(forceinline=True)
+def transfer_of(run: Any, key: Any) -> Any:
+    """Return the record of an expert's transfer."""
+    return record(run.transfers_at, key, TRANSFER)
 
 
 @njit(forceinline=True)

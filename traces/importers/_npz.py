@@ -1,7 +1,8 @@
-"""Read `.npz` archives of strangers: no pickles, and no surprises about size."""
+"""Read `.npz` archives and `.npy` arrays of strangers: no pickles, and no surprises about size."""
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import tokenize
@@ -143,6 +144,25 @@ class NpzArchive:
 
 
 _KINDS = {"u": "unsigned whole numbers", "i": "whole numbers", "f": "floats", "U": "texts"}
+
+
+def array_of_npy(name: str, content: bytes) -> Array:
+    """Return the array that `content`, the bytes of an .npy file, holds; `name` begins the sentence of a rejection.
+
+    Nothing is allocated: the header's claim must match the bytes that are there. Raises `InputError` when it does not.
+    """
+    file = io.BytesIO(content)
+    try:
+        shape, fortran, dtype = _read_npy_header(file)
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError) as error:
+        raise InputError(f"{name} has no valid .npy header ({error})") from None
+    data = content[file.tell() :]
+    if dtype.hasobject:
+        raise InputError(f"{name} holds Python objects (a pickle); it must hold numbers")
+    if dtype.itemsize == 0 or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+        raise InputError(f"{name} claims {dtype} of shape {list(shape)}, but holds {len(data):,} bytes")
+    array = np.frombuffer(data, dtype)
+    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
 
 def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

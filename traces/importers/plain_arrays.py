@@ -16,7 +16,6 @@ tokens shared a forward pass.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +26,11 @@ import numpy as np
 from traces.checks import expert_dtype
 from traces.errors import InputError
 from traces.importers._npz import NpzArchive
+from traces.importers._source import LAST_POSITION, file_sha256, one_by_one, whole
 from traces.trace import DECODE, PREFILL, Array, ModelSpec, Provenance, Trace
 
 _PHASES = {"prefill": PREFILL, "decode": DECODE}
 _NO_PREDICTION = 255
-_LAST_POSITION = np.iinfo(np.int32).max
 
 
 def read(path: Path, *, model_name: str | None = None, max_bytes: int = 2**31) -> Trace:
@@ -43,7 +42,7 @@ def read(path: Path, *, model_name: str | None = None, max_bytes: int = 2**31) -
 
     Raises `InputError` when the archive is damaged, hostile, incomplete or inconsistent.
     """
-    with NpzArchive(path, max_bytes) as archive:
+    with NpzArchive(path, whole(path, "options.max_bytes", max_bytes, least=1)) as archive:
         about = _read_about(archive)
         offsets = _read_offsets(archive)
         model = _model(archive, about, model_name)
@@ -59,7 +58,7 @@ def read(path: Path, *, model_name: str | None = None, max_bytes: int = 2**31) -
             weights=_read_floats(archive, "weights", 3),
             request=request,
             position=_read_position(archive, about, offsets),
-            step=_steps(request, phase),
+            step=one_by_one(request, phase),
             phase=phase,
             **optional,
         )
@@ -75,7 +74,7 @@ class _About:
 
     def whole(self, name: str) -> int:
         """Return a whole number of at least 0."""
-        return _whole(self.path, f"meta.{name}", self.values.get(name))
+        return whole(self.path, f"meta.{name}", self.values.get(name))
 
     def sequences(self, count: int) -> list[dict[str, Any]]:
         """Return one object per request; empty ones where `meta` has none."""
@@ -85,12 +84,6 @@ class _About:
         if len(found) != count:
             raise InputError(f"{self.path}: meta.sequences has {len(found)} entries; offsets give {count}")
         return found
-
-
-def _whole(path: Path, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InputError(f"{path}: {name} is {value!r}; it must be a whole number of at least 0")
-    return value
 
 
 def _read_about(archive: NpzArchive) -> _About:
@@ -160,9 +153,9 @@ def _read_position(archive: NpzArchive, about: _About, offsets: Array) -> Array:
             raise InputError(
                 f"{archive.path}: meta.sequences[{index}].tokens is {one['tokens']!r}; offsets give {lengths[index]}"
             )
-        at = _whole(archive.path, f"meta.sequences[{index}].pos0", one.get("pos0", 0))
-        if at + int(lengths[index]) > _LAST_POSITION:
-            raise InputError(f"{archive.path}: meta.sequences[{index}].pos0 is {at}, beyond {_LAST_POSITION}")
+        at = whole(archive.path, f"meta.sequences[{index}].pos0", one.get("pos0", 0))
+        if at + int(lengths[index]) > LAST_POSITION:
+            raise InputError(f"{archive.path}: meta.sequences[{index}].pos0 is {at}, beyond {LAST_POSITION}")
         first.append(at)
     shift = np.repeat(np.array(first, np.int64) - offsets[:-1], lengths)
     position: Array = (np.arange(len(shift)) + shift).astype(np.int32)
@@ -176,13 +169,6 @@ def _per_token(archive: NpzArchive, name: str, dtype: type[np.integer[Any]]) -> 
     if found.size and (found.min() < limits.min or found.max() > limits.max):
         raise InputError(f"{archive.path}: '{name}' must be within {limits.min} and {limits.max}")
     return found.astype(dtype)
-
-
-def _steps(request: Array, phase: Array) -> Array:
-    """Return [T] int32: a new step at each decode token, and where a request or its prefill begins."""
-    begins = np.ones(len(request), bool)
-    begins[1:] = (phase[1:] == DECODE) | (request[1:] != request[:-1]) | (phase[1:] != phase[:-1])
-    return (np.cumsum(begins) - 1).astype(np.int32)
 
 
 def _domains(archive: NpzArchive, about: _About, count: int) -> tuple[str, ...]:
@@ -260,12 +246,7 @@ def _provenance(path: Path, about: _About, optional: dict[str, Any]) -> Provenan
     if "lookahead_experts" not in optional:
         unknown.append("lookahead observations")
     details = {name: about.values[name] for name in kept if name in about.values}
-    details |= {"file": path.name, "file_sha256": _sha256(path), "unknown": unknown}
+    details |= {"file": path.name, "file_sha256": file_sha256(path), "unknown": unknown}
     kind = "imported" if about.present else "recorded"
     source = str(about.values.get("source", path.name))
     return Provenance(kind, source, "foregate traces.importers.plain_arrays 1", details)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
