@@ -19,6 +19,7 @@ import numpy.typing as npt
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from traces.checks import present_arrays
 from traces.statistics import Overlap, Recall, cache_curves, lag_overlap, lookahead_recall, spread_layers
 from traces.trace import Provenance, Trace
 
@@ -110,18 +111,19 @@ def find_evidence(trace: Trace, seed: int = 0) -> Evidence:
 def shuffled(trace: Trace, seed: int = 0) -> Trace:
     """Return the control: `trace` with each layer's tokens in a random order of that layer's own.
 
-    Experts and weights move together; lookahead stays where it was, and foretells what is no longer there.
-    Requests, domains, positions and steps stay too. Logits, norms and cosines are left out.
+    Experts and weights, where these are known, move together; lookahead stays where it was, and foretells what is no
+    longer there. Requests, domains, positions and steps stay too. Logits, norms and cosines are left out.
     """
     rng = np.random.default_rng(seed)
-    experts, weights = np.array(trace.experts), np.array(trace.weights)
+    arrays = present_arrays(trace)
+    moved: dict[str, Any] = {name: np.array(arrays[name]) for name in ("experts", "weights") if name in arrays}
     for layer in range(trace.model.layers):
         order = rng.permutation(trace.tokens)
-        experts[:, layer], weights[:, layer] = experts[order, layer], weights[order, layer]
+        for array in moved.values():
+            array[:, layer] = array[order, layer]
     return replace(
         trace,
-        experts=experts,
-        weights=weights,
+        **moved,
         router_logits=None,
         expert_output_norm=None,
         residual_cosine=None,

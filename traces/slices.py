@@ -114,7 +114,7 @@ def one_after_another(trace: Trace) -> Trace:
 def join_requests(traces: Sequence[Trace]) -> Trace:
     """Return the requests of all `traces`, one trace after another, with the first one's provenance.
 
-    An optional array is left out where one of the traces lacks it.
+    An optional array is left out where one of the traces lacks it; the whole is ranked where all are.
 
     Raises `InputError` when none is given, or when they are not of one model.
     """
@@ -138,4 +138,4 @@ def join_requests(traces: Sequence[Trace]) -> Trace:
         shift = np.repeat(np.cumsum([0, *sizes[:-1]]), [trace.tokens for trace in traces])
         joined[name] = (joined[name] + shift).astype(np.int32)
     domains = tuple(domain for trace in traces for domain in trace.domains)
-    return replace(traces[0], **joined, domains=domains, hash="")
+    return replace(traces[0], **joined, domains=domains, ranked=all(trace.ranked for trace in traces), hash="")

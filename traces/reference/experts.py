@@ -80,7 +80,7 @@ def fastest_activation(width: int, rows: int, device: torch.device) -> tuple[Act
         weights = torch.rand(rows, device=device, dtype=torch.bfloat16, requires_grad=True)
         found, expected = compiled(gate_up, weights), weighted_swiglu(gate_up, weights)
         found.sum().backward()
-        error = float((found - expected).float().norm() / expected.float().norm())
+        error = float((found - expected).detach().float().norm() / expected.detach().float().norm())
     except Exception as fault:  # a machine without a compiler can still train, only slower
         return weighted_swiglu, f"eager, because compiling failed: {fault}"[:300]
     return (compiled, "compiled") if error < 1e-2 else (weighted_swiglu, f"eager, because compiled differs by {error:.2g}")
