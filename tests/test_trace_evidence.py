@@ -48,6 +48,11 @@ def test_the_control_leaves_lookahead_and_requests_where_they_are(lasting):
     assert control.is_synthetic
 
 
+def test_a_trace_without_gate_weights_has_evidence(lasting):
+    found = find_evidence(replace(lasting, weights=None))
+    assert found.shuffled_overlap == find_evidence(lasting).shuffled_overlap
+
+
 def test_the_same_seed_gives_the_same_control(lasting):
     same, other = shuffled(lasting, 5), shuffled(lasting, 6)
     np.testing.assert_array_equal(shuffled(lasting, 5).experts, same.experts)
@@ -109,6 +114,11 @@ def test_domains_of_the_same_experts_share_them():
     domains = domain_separation(two_domains(2, 3, 2, 2, 3, 2))
     assert domains.information == pytest.approx((0.0,))
     assert domains.apart == 1.0
+
+
+def test_domains_of_one_request_each_are_not_dealt_anew():
+    assert domain_separation(two_domains(0, 1)).dealt_anew is None
+    assert domain_separation(two_domains(0, 0, 1, 1)).dealt_anew is not None
 
 
 def test_requests_without_a_domain_are_left_out():

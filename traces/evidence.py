@@ -56,8 +56,11 @@ class Domains:
     """[domain][domain]: share of the hottest quarter of experts that two domains have in common, mean of layers."""
     information: tuple[float, ...]
     """Mutual information of one use's expert and its domain in bits, of each layer."""
-    dealt_anew: float
-    """Mean information over layers when the domains are dealt out anew to the requests: what requests alone give."""
+    dealt_anew: float | None
+    """Mean information over layers when the domains are dealt out anew to the requests: what requests alone give.
+
+    None where each domain has one request: dealing then only renames the domains.
+    """
 
     @property
     def apart(self) -> float:
@@ -176,14 +179,19 @@ def domain_separation(trace: Trace, seed: int = 0) -> Domains | None:
     known = np.flatnonzero((number >= 0) & (of_request.sum(axis=(1, 2)) > 0))
     of_request, number = of_request[known], number[known]
     uses = _uses_of_domains(of_request, number, len(names))
-    rng = np.random.default_rng(seed)
-    dealt = [_information(_uses_of_domains(of_request, rng.permutation(number), len(names))).mean() for _ in range(_DEALS)]
     return Domains(
         names=names,
         hottest_shared=tuple(map(tuple, _hottest_shared(uses).tolist())),
         information=tuple(_information(uses).tolist()),
-        dealt_anew=float(np.mean(dealt)),
+        dealt_anew=_dealt_anew(of_request, number, len(names), seed) if len(number) > len(names) else None,
     )
+
+
+def _dealt_anew(of_request: npt.NDArray[np.int64], number: npt.NDArray[np.int64], count: int, seed: int) -> float:
+    """Return the mean information over layers and deals; `number` is the domain of each request, of `count` domains."""
+    rng = np.random.default_rng(seed)
+    deals = [_uses_of_domains(of_request, rng.permutation(number), count) for _ in range(_DEALS)]
+    return float(np.mean([_information(uses) for uses in deals]))
 
 
 def _uses_of_requests(trace: Trace) -> npt.NDArray[np.int64]:
