@@ -233,14 +233,15 @@ def _information(uses: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 def render_evidence(found: Evidence) -> RenderableType:
     """Return the evidence as tables for the terminal."""
-    tables = [_layer_table(found), _overlap_table(found), _reuse_table(found)]
+    tables = [render_layers(found), _overlap_table(found), _reuse_table(found)]
     if found.domains is not None:
         tables.append(_domain_table(found.domains))
     return Group(*tables)
 
 
-def _layer_table(found: Evidence) -> Table:
-    table = Table(title=_layer_title(found))
+def render_layers(found: Evidence, name: str = "") -> Table:
+    """Return the figures of each layer as a table; `name` says of which trace, where there are several."""
+    table = Table(title=f"{name}: {_layer_title(found)}" if name else _layer_title(found))
     table.add_column("layer")
     columns: list[tuple[str, Sequence[float | None], Sequence[float | None]]] = []
     if found.recall is not None and found.shuffled_recall is not None:
@@ -331,8 +332,8 @@ def _summary(found: Evidence, *, shuffled: bool) -> dict[str, str]:
     if domains is not None:
         rows["domain in one use, bits"] = _figure(_mean(domains.information))
         rows["the same, domains dealt anew"] = _figure(domains.dealt_anew)
-        rows["hottest quarter that two domains share"] = _figure(domains.apart)
-    rows["LRU hits, a quarter of each layer"] = _figure(found.shuffled_lru if shuffled else found.lru)
+        rows["hottest quarter shared"] = _figure(domains.apart)
+    rows["LRU hits, a quarter per layer"] = _figure(found.shuffled_lru if shuffled else found.lru)
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -111,11 +112,12 @@ def describe(model: Any, layers: Sequence[MoELayer]) -> dict[str, Any]:
 
 
 def foregate_version() -> str:
-    """Return the installed version, or a word that says there is none."""
+    """Return this project's version: as installed, or as the checkout says where it runs without being installed."""
     try:
         return metadata.version("foregate")
     except metadata.PackageNotFoundError:
-        return "not installed"
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        return str(tomllib.loads(project.read_text())["project"]["version"])
 
 
 def _device(options: RecordOptions) -> torch.device:

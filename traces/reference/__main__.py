@@ -84,20 +84,23 @@ def _bundle(arguments: argparse.Namespace, _began: float) -> None:
 
 
 def _evidence(arguments: argparse.Namespace, _began: float) -> None:
-    from traces.evidence import find_evidence, render_summary
+    from traces.evidence import find_evidence, render_layers, render_summary
     from traces.files import load_trace
     from traces.slices import join_requests
 
     reference = _chosen(arguments)
     parts = load_parts(arguments.folder, reference.name)
     control = load_trace(arguments.folder / f"{reference.name}-untrained.safetensors", verify=True)
-    found = [
-        ("whole recording", find_evidence(join_requests(parts))),
-        ("its first round", find_evidence(parts[0])),
-        ("untrained, same tokens", find_evidence(control)),
-    ]
-    # Wide enough for the table where it is not a terminal.
-    Console(width=None if sys.stdout.isatty() else 130).print(render_summary(found))
+    found = {
+        "whole recording": find_evidence(join_requests(parts)),
+        "its first round": find_evidence(parts[0]),
+        "untrained, same tokens": find_evidence(control),
+    }
+    # Wide enough for the tables where it is not a terminal.
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    console.print(render_summary(list(found.items())))
+    for name in ("whole recording", "untrained, same tokens"):
+        console.print(render_layers(found[name], name))
 
 
 def _chosen(arguments: argparse.Namespace) -> ReferenceModel:

@@ -82,7 +82,9 @@ def _check_parts(folder: Path, reference: ReferenceModel, about: Mapping[str, An
 
 
 def _provenance(reference: ReferenceModel, about: Mapping[str, Any], parts: Sequence[Trace]) -> Provenance:
-    recorder = {name: value for name, value in parts[0].provenance.details.items() if name not in ("part_of", "source")}
+    # The run says better where the recording is from, and by which recorder: it knows the version even where none is installed.
+    better_said = ("part_of", "source", "foregate")
+    recorder = {name: value for name, value in parts[0].provenance.details.items() if name not in better_said}
     training = {name: value for name, value in about["training"].items() if name not in ("log", "log_columns")}
     settings = reference.as_json()
     return Provenance(
@@ -90,7 +92,9 @@ def _provenance(reference: ReferenceModel, about: Mapping[str, Any], parts: Sequ
         source="a MoE that this project trained on the text of Debian and Python packages, writing on held-out text",
         made_by="foregate traces.reference.bundle 2",
         details={
-            "recording_hashes": list(dict.fromkeys(recording["recorded"] for recording in about["recordings"])),
+            "recording_hashes": list(
+                dict.fromkeys(recording["recorded"] for recording in about["recordings"][: len(parts)])
+            ),
             "part": {
                 "requests": f"the first {reference.bundled.rounds} of {len(about['recordings'])} in each domain",
                 "tokens": f"the first {reference.bundled.tokens} of each request",

@@ -13,8 +13,6 @@ import json
 import platform
 import tempfile
 import time
-import tomllib
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 import transformers
 
 from traces.errors import InputError
+from traces.recorder.loading import foregate_version
 from traces.reference.models import ReferenceModel
 from traces.reference.recording import held_out_prompts, in_parts, record_requests, record_untrained, save_part
 from traces.reference.tokens import PackedTokens
@@ -125,15 +124,6 @@ class Run:
         self.about["seconds"][stage] = seconds
         (self.out / f"{self.reference.name}.run.json").write_text(json.dumps(self.about, indent=1) + "\n")
         print(f"[{seconds:6.1f} s] {stage}: {words}", flush=True)
-
-
-def foregate_version() -> str:
-    """Return this project's version: as installed, or as the checkout says."""
-    try:
-        return metadata.version("foregate")
-    except metadata.PackageNotFoundError:
-        project = Path(__file__).parents[2] / "pyproject.toml"
-        return str(tomllib.loads(project.read_text())["project"]["version"])
 
 
 def recorder_sha256() -> str:
