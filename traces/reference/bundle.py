@@ -82,9 +82,10 @@ def _check_parts(folder: Path, reference: ReferenceModel, about: Mapping[str, An
 
 
 def _provenance(reference: ReferenceModel, about: Mapping[str, Any], parts: Sequence[Trace]) -> Provenance:
-    # The run says better where the recording is from, and by which recorder: it knows the version even where none is installed.
+    # The run says it better: it knows the version even where none is installed.
     better_said = ("part_of", "source", "foregate")
     recorder = {name: value for name, value in parts[0].provenance.details.items() if name not in better_said}
+    recordings = list(dict.fromkeys(recording["recorded"] for recording in about["recordings"][: len(parts)]))
     training = {name: value for name, value in about["training"].items() if name not in ("log", "log_columns")}
     settings = reference.as_json()
     return Provenance(
@@ -92,9 +93,7 @@ def _provenance(reference: ReferenceModel, about: Mapping[str, Any], parts: Sequ
         source="a MoE that this project trained on the text of Debian and Python packages, writing on held-out text",
         made_by="foregate traces.reference.bundle 2",
         details={
-            "recording_hashes": list(
-                dict.fromkeys(recording["recorded"] for recording in about["recordings"][: len(parts)])
-            ),
+            "recording_hashes": recordings,
             "part": {
                 "requests": f"the first {reference.bundled.rounds} of {len(about['recordings'])} in each domain",
                 "tokens": f"the first {reference.bundled.tokens} of each request",
