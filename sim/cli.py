@@ -160,13 +160,7 @@ def _trace_import(words: list[str]) -> int:
     out = Path(config["out"] or f"{source.stem}.safetensors")
     trace = traces.import_trace(source, config["format"], **config["options"])
     traces.save_trace(trace, out)
-    model = trace.model
-    _out().print(
-        f"{out}: {trace.tokens:,} tokens of {len(trace.domains)} requests, {model.layers} layers x {model.experts} experts, "
-        f"top-{model.top_k}, from {model.name}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    _say_written(out, trace, f"{len(trace.domains)} requests")
     return 0
 
 
@@ -184,14 +178,18 @@ def _trace_record(words: list[str]) -> int:
     options = traces.RecordOptions.of(config)
     with _Progress("batches", "{done} of {total} batches done, {what}") as progress:
         trace = traces.record(checkpoint, prompts, out, options, progress=progress)
+    _say_written(out, trace, f"{len(trace.domains)} requests in {trace.steps:,} forward passes")
+    return 0
+
+
+def _say_written(out: Path, trace: traces.Trace, extent: str) -> None:
     model = trace.model
     _out().print(
-        f"{out}: {trace.tokens:,} tokens of {len(trace.domains)} requests in {trace.steps:,} forward passes, "
-        f"{model.layers} layers x {model.experts} experts, top-{model.top_k}, from {model.name}",
+        f"{out}: {trace.tokens:,} tokens of {extent}, {model.layers} layers x {model.experts} experts, top-{model.top_k}, "
+        f"from {model.name}",
         soft_wrap=True,
         highlight=False,
     )
-    return 0
 
 
 def _trace_inspect(words: list[str]) -> int:

@@ -30,18 +30,11 @@ from traces.recorder.generation import forward_passes
 from traces.recorder.layers import moe_layers
 from traces.recorder.routers import rank
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HERE = Path(__file__).parents[1]
 
 LENGTHS = (5, 9, 3, 7, 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The other core is another worker's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from traces.recorder.observer import Observer, Wanted
 from traces.recorder.probe import probe
 from traces.recorder.routers import choose, rank
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (5, 9, 3)
 """Tokens of the prompts: a batch of two with padding, and a batch of one."""
 NEW_TOKENS = 6
@@ -29,15 +31,6 @@ PROMPTS = [
 EVERYTHING = {"router_logits": "float32", "lookahead": 1, "expert_output_norm": True}
 
 NO_RESIDUAL = {"flex_olmo": "a norm stands between the block and the residual stream"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The other core is another worker's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Calls:

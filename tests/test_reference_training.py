@@ -22,18 +22,11 @@ from traces.reference.recording import held_out_prompts  # noqa: E402
 from traces.reference.run import Run  # noqa: E402
 from traces.reference.train import build_model, halve, held_out_loss, train  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 FOREVER = 1e12
 """A time that does not end training; steps do."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices on several threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
