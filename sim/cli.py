@@ -168,6 +168,8 @@ def _trace_record(words: list[str]) -> int:
     # The recorder itself checks its options, since it is also used without a command line.
     # To Hydra, `model=` would choose from the group of models that can be priced.
     words = [f"checkpoint={quoted(word.removeprefix('model='))}" if word.startswith("model=") else word for word in words]
+    if not any("checkpoint=" in word for word in words):
+        raise InputError("model has no value; give one: model=FOLDER_OR_ID")
     overrides, config_dir = _options("trace_record", words)
     if overrides is None:
         return 0

@@ -621,6 +621,7 @@ def test_prompts_must_fit_the_model(model, out):
         "p.jsonl, line 7: 127 tokens and new_tokens=2 are more than the 128 positions of tiny;"
         " cut prompts with max_prompt_tokens=126, or lower new_tokens"
     )
+    assert refusal(model, long, out, new_tokens=128).endswith("more than the 128 positions of tiny; lower new_tokens")
     assert record(model, long, out, RecordOptions(new_tokens=2, stop_at_end=False, max_prompt_tokens=126)).tokens == 128
 
 
@@ -669,7 +670,7 @@ def test_a_folder_of_something_else_is_not_touched(model, prompts, out):
 
 
 WRONG_COMMANDS = {
-    "no model": (["prompts=p.txt"], "checkpoint has no value; give one: checkpoint=..."),
+    "no model": (["prompts=p.txt"], "model has no value; give one: model=FOLDER_OR_ID"),
     "no prompts": (["model=there"], "prompts has no value; give one: prompts=..."),
     "no such prompts": (
         ["model=there", "prompts=no.txt"],
@@ -677,6 +678,7 @@ WRONG_COMMANDS = {
     ),
     "an empty file": (["model=there", "prompts=empty.txt"], "empty.txt: there is no prompt; write one per line"),
     "a folder of prompts": (["model=there", "prompts=there"], "there: this is a folder; prompts must be a text file or a "),
+    "no such model": (["model=./no", "prompts=p.txt"], "model: there is no folder ./no; it must be a folder with a saved"),
     "a folder that is no model": (
         ["model=there", "prompts=p.txt"],
         "model: there is no saved model; it must be a folder with",

@@ -1,4 +1,4 @@
-"""Plain arrays in an `.npz` archive, as in `../shared/traces`.
+"""Plain arrays in an `.npz` archive, as NumPy saves them.
 
 ``experts`` [T, L, K] in descending weight, ``weights`` [T, L, K], ``offsets`` [N + 1] (request i is rows
 offsets[i] to offsets[i + 1]) and ``meta``, the bytes of a JSON object: model, num_layers, num_experts,

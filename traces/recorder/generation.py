@@ -78,9 +78,11 @@ def check_lengths(model: Any, name: str, prompts: Sequence[Sequence[int]], place
         if max(prompt) >= vocabulary:
             raise InputError(f"{place}: the token {max(prompt)} is unknown to {name}; its tokens are 0 to {vocabulary - 1}")
         if limit is not None and len(prompt) + new_tokens > limit:
+            room = limit - new_tokens
+            cut = f"cut prompts with max_prompt_tokens={room}, or " if room > 0 else ""
             raise InputError(
                 f"{place}: {len(prompt)} tokens and new_tokens={new_tokens} are more than the {limit} positions of {name};"
-                f" cut prompts with max_prompt_tokens={max(limit - new_tokens, 0)}, or lower new_tokens"
+                f" {cut}lower new_tokens"
             )
 
 

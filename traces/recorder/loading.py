@@ -49,6 +49,8 @@ def load_model(path: str, options: RecordOptions) -> torch.nn.Module:
     if options.device_map is not None:
         keywords["device_map"] = options.device_map
     device = _device(options)
+    if path.startswith((".", "/", "~")) and not Path(path).exists():
+        raise InputError(f"model: there is no folder {path}; it must be a folder with a saved model, or the id of one")
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise InputError(f"model: {path} is no saved model; it must be a folder with a config.json")
     bars = transformers.utils.logging
