@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -625,6 +626,14 @@ def test_prompts_must_fit_the_model(model, out):
     assert record(model, long, out, RecordOptions(new_tokens=2, stop_at_end=False, max_prompt_tokens=126)).tokens == 128
 
 
+def test_a_tokenizer_that_cannot_be_loaded_is_said(saved, out, tmp_path):
+    damaged = shutil.copytree(saved, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{")
+    (damaged / "tokenizer_config.json").write_text("{")
+    said = refusal(damaged, [Prompt("p.txt, line 1", "words", None)], out)
+    assert said.startswith(f"model: the tokenizer of {damaged} cannot be loaded (")
+
+
 def test_a_text_needs_a_tokenizer(saved, out):
     assert refusal(saved, [Prompt("p.txt, line 1", "words", None)], out) == (
         "p.txt, line 1: prompt is a text, but the model has no tokenizer; give token_ids instead"
@@ -700,11 +709,11 @@ WRONG_COMMANDS = {
         "no/a.safetensors: the folder no does not exist; it",
     ),
     "wrong type": (
-        ["model=there", "prompts=p.txt", "dtype=float3"],
+        ["model=begun", "prompts=p.txt", "dtype=float3"],
         "dtype is 'float3'; it must be auto or a type of torch's",
     ),
     "wrong device": (
-        ["model=there", "prompts=p.txt", "device=gpu"],
+        ["model=begun", "prompts=p.txt", "device=gpu"],
         "device is 'gpu'; it must be auto, cpu, cuda or cuda:NUM",
     ),
 }
@@ -714,6 +723,8 @@ WRONG_COMMANDS = {
 def test_a_wrong_command_is_one_sentence(tmp_path, monkeypatch, capsys, what):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
     (tmp_path / "p.txt").write_text("a prompt\n")
     (tmp_path / "empty.txt").write_text("\n")
     words, sentence = WRONG_COMMANDS[what]

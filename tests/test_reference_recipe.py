@@ -111,6 +111,18 @@ def test_a_damaged_package_is_refused(tmp_path):
         read_documents(tmp_path / "some_1_all.deb", Source("some", (".txt",)))
 
 
+def test_a_damaged_wheel_is_refused(tmp_path):
+    (tmp_path / "some-1.0-py3-none-any.whl").write_text("no archive")
+    with pytest.raises(InputError, match=r"some-1\.0-py3-none-any\.whl: this is no whole wheel .* download it again"):
+        read_documents(tmp_path / "some-1.0-py3-none-any.whl", Source("some", (".py",)))
+
+
+def test_a_package_without_its_inner_archive_is_refused(tmp_path):
+    path = debian_package(tmp_path, "some", {"usr/share/a.txt": "text\n"})
+    with pytest.raises(InputError, match=r"it holds no file 'usr/src/some\.tar\.xz'; take another version"):
+        read_documents(path, Source("some", (".c",), archive="usr/src/some.tar.xz"))
+
+
 def test_a_missing_and_a_doubled_package_are_refused(tmp_path):
     with pytest.raises(InputError, match="the package 'some' is not there; download one version"):
         find_package(tmp_path, Source("some", (".py",)))
@@ -315,6 +327,14 @@ def test_a_bundled_recording_is_what_the_recipe_says(name):
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert main(["bundle", "reference_16x64", "--folder", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("traces.reference: there is no reference model 'reference_16x64'; did you")
+
+
+def test_steps_in_the_wrong_order_are_one_sentence(tmp_path, capsys):
+    assert main(["tokens", "--corpus", str(tmp_path)]) == 2
+    assert (
+        "tokenizer.json: there is no such file; `python -m traces.reference tokenizer` writes it" in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_says_which_package_it_needs(monkeypatch, capsys):

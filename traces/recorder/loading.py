@@ -32,6 +32,14 @@ def require_packages() -> None:
             ) from None
 
 
+def check_folder(path: str) -> None:
+    """Raise `InputError` where `path` names a folder and no saved model is there; the id of a published one passes."""
+    if path.startswith((".", "/", "~")) and not Path(path).exists():
+        raise InputError(f"model: there is no folder {path}; it must be a folder with a saved model, or the id of one")
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"model: {path} is no saved model; it must be a folder with a config.json")
+
+
 def load_model(path: str, options: RecordOptions) -> torch.nn.Module:
     """Load the causal language model at `path`, a folder or the id of a published model, ready to generate.
 
@@ -49,10 +57,6 @@ def load_model(path: str, options: RecordOptions) -> torch.nn.Module:
     if options.device_map is not None:
         keywords["device_map"] = options.device_map
     device = _device(options)
-    if path.startswith((".", "/", "~")) and not Path(path).exists():
-        raise InputError(f"model: there is no folder {path}; it must be a folder with a saved model, or the id of one")
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"model: {path} is no saved model; it must be a folder with a config.json")
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     if not sys.stderr.isatty():
@@ -68,7 +72,10 @@ def load_model(path: str, options: RecordOptions) -> torch.nn.Module:
 
 
 def load_encoder(path: str) -> Callable[[str], Sequence[int]] | None:
-    """Return the function that turns a text into token ids as the tokenizer at `path` does, None where there is none."""
+    """Return the function that turns a text into token ids as the tokenizer at `path` does, None where there is none.
+
+    Raises `InputError` when there is one that cannot be loaded.
+    """
     import transformers
 
     # Without any file, transformers makes up an empty tokenizer for some architectures.
@@ -77,8 +84,10 @@ def load_encoder(path: str) -> Callable[[str], Sequence[int]] | None:
         return None
     try:
         return encoder(transformers.AutoTokenizer.from_pretrained(path))
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(
+            f"model: the tokenizer of {path} cannot be loaded ({error}); prompts can be token_ids instead"
+        ) from error
 
 
 def encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:

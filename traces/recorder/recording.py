@@ -21,7 +21,15 @@ from traces.recorder.columns import GrowingColumns, differing_setting
 from traces.recorder.generation import check_lengths, end_tokens, forward_passes
 from traces.recorder.importance import find_residuals
 from traces.recorder.layers import expert_count, model_spec, moe_layers
-from traces.recorder.loading import describe, encoder, foregate_version, load_encoder, load_model, require_packages
+from traces.recorder.loading import (
+    check_folder,
+    describe,
+    encoder,
+    foregate_version,
+    load_encoder,
+    load_model,
+    require_packages,
+)
 from traces.recorder.observer import Observer, PendingRows, Wanted
 from traces.recorder.options import RecordOptions
 from traces.recorder.probe import PROBE_TOKENS, Findings, probe
@@ -70,6 +78,7 @@ def record(
     require_packages()
     if isinstance(model, (str, PathLike)):
         path = str(model)
+        check_folder(path)
         name = name or (Path(path).resolve().name if Path(path).exists() else path)
         encode = None if tokenizer is None else encoder(tokenizer)
         if encode is None and any(prompt.token_ids is None for prompt in asked):

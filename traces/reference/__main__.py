@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from traces.errors import InputError
+from traces.files import file_sha256, load_trace
 from traces.recorder.loading import require_packages
 from traces.reference import bundle, text, tokenizer, tokens
 from traces.reference.models import MODELS, ReferenceModel, reference_model, tiny
@@ -41,11 +42,12 @@ def _text(arguments: argparse.Namespace, _began: float) -> None:
 def _tokenizer(arguments: argparse.Namespace, _began: float) -> None:
     out = arguments.corpus / "tokenizer.json"
     tokenizer.train_tokenizer(arguments.corpus / "texts", list(text.DOMAINS), out, arguments.vocabulary)
-    print(f"{out}: sha256 {tokens.file_sha256(out)}")
+    print(f"{out}: sha256 {file_sha256(out)}")
 
 
 def _tokens(arguments: argparse.Namespace, _began: float) -> None:
     corpus, packed = arguments.corpus, arguments.corpus / "packed"
+    vocabulary = tokenizer.load_tokenizer(corpus / "tokenizer.json").get_vocab_size()
     packed.mkdir(exist_ok=True)
     domains = {}
     for domain in text.DOMAINS:
@@ -55,10 +57,10 @@ def _tokens(arguments: argparse.Namespace, _began: float) -> None:
         print(f"{domain:20} {domains[domain].train_tokens:12,} tokens to train on")
     packages = [text.find_package(corpus / "packages", source) for sources in text.DOMAINS.values() for source in sources]
     details = {
-        "tokenizer_sha256": tokens.file_sha256(corpus / "tokenizer.json"),
-        "packages": {path.name: tokens.file_sha256(path) for path in packages},
+        "tokenizer_sha256": file_sha256(corpus / "tokenizer.json"),
+        "packages": {path.name: file_sha256(path) for path in packages},
     }
-    tokens.write_manifest(packed, domains, tokenizer.vocabulary_of(corpus / "tokenizer.json"), details)
+    tokens.write_manifest(packed, domains, vocabulary, details)
     size = sum(path.stat().st_size for path in packed.iterdir())
     print(f"{packed}: {size:,} bytes")
 
@@ -85,7 +87,6 @@ def _bundle(arguments: argparse.Namespace, _began: float) -> None:
 
 def _evidence(arguments: argparse.Namespace, _began: float) -> None:
     from traces.evidence import find_evidence, render_layers, render_summary
-    from traces.files import load_trace
     from traces.slices import join_requests
 
     reference = _chosen(arguments)

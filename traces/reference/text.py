@@ -124,10 +124,13 @@ def read_documents(package: Path, source: Source) -> list[str]:
 
 
 def _wheel_files(package: Path, source: Source) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(package) as archive:
-        for entry in archive.infolist():
-            if _is_wanted(entry.filename, entry.file_size, source):
-                yield entry.filename, archive.read(entry)
+    try:
+        with zipfile.ZipFile(package) as archive:
+            for entry in archive.infolist():
+                if _is_wanted(entry.filename, entry.file_size, source):
+                    yield entry.filename, archive.read(entry)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{package}: this is no whole wheel ({error}); download it again") from None
 
 
 def _debian_files(package: Path, source: Source) -> Iterator[tuple[str, bytes]]:
@@ -136,9 +139,12 @@ def _debian_files(package: Path, source: Source) -> Iterator[tuple[str, bytes]]:
         if not source.archive:
             yield from _tar_files(archive, source)
             return
-        member = archive.extractfile(f"./{source.archive}")
+        try:
+            member = archive.extractfile(f"./{source.archive}")
+        except KeyError:
+            member = None
         if member is None:
-            raise InputError(f"{package}: '{source.archive}' is no file; take another version of the package")
+            raise InputError(f"{package}: it holds no file '{source.archive}'; take another version of the package")
         with tarfile.open(fileobj=member) as inner:
             yield from _tar_files(inner, source)
 

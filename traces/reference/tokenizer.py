@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from traces.errors import InputError
 
@@ -21,19 +22,14 @@ def train_tokenizer(texts: Path, domains: Sequence[str], out: Path, vocabulary: 
 
     Raises `InputError` when a text is missing or when the package tokenizers is.
     """
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ModuleNotFoundError:
-        raise InputError(
-            "training a tokenizer needs the package tokenizers; pip install 'foregate[real]' brings it"
-        ) from None
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    package = _package()
+    tokenizer = package.Tokenizer(package.models.BPE())
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = package.decoders.ByteLevel()
+    trainer = package.trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample([read_text(texts, domain) for domain in domains]), trainer)
@@ -57,9 +53,16 @@ def sample(texts: Sequence[str], characters: int = CHARACTERS_PER_DOMAIN) -> Ite
             yield text[start : start + PIECE]
 
 
-def vocabulary_of(path: Path) -> int:
-    """Return how many ids the tokenizer at `path` has."""
-    from tokenizers import Tokenizer
+def load_tokenizer(path: Path) -> Any:
+    """Return the tokenizer at `path`. Raises `InputError` when it is missing or when the package tokenizers is."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; `python -m traces.reference tokenizer` writes it")
+    return _package().Tokenizer.from_file(str(path))
 
-    size: int = Tokenizer.from_file(str(path)).get_vocab_size()
-    return size
+
+def _package() -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise InputError("this step needs the package tokenizers; pip install 'foregate[real]' brings it") from None
+    return tokenizers

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.errors import InputError
-from traces.reference.tokenizer import read_text
+from traces.reference.tokenizer import load_tokenizer, read_text
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -55,9 +55,7 @@ class Domain:
 
 def pack_domain(texts: Path, domain: str, tokenizer: Path, packed: Path, characters: int = MOST_CHARACTERS) -> Domain:
     """Tokenise one domain's text and write its two files into the folder `packed`."""
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_file(str(tokenizer))
+    encoder = load_tokenizer(tokenizer)
     segments = [_split(segment) for segment in _segments(read_text(texts, domain), characters)]
     train = [_encode(encoder, trained) for trained, _ in segments]
     held_out = [_encode(encoder, kept) for _, kept in segments]
@@ -120,12 +118,6 @@ def open_tokens(folder: Path) -> PackedTokens:
         return PackedTokens(folder, about["vocabulary"], domains, hashlib.sha256(content).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: this is no manifest of packed tokens ({error}); pack the tokens again") from None
-
-
-def file_sha256(path: Path) -> str:
-    """Return a file's sha256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file(folder: Path, domain: str, split: str) -> Path:
