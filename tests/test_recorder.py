@@ -733,7 +733,7 @@ def test_a_wrong_command_is_one_sentence(tmp_path, monkeypatch, capsys, what):
     assert found.out == ""
     (line,) = found.err.splitlines()
     assert line.startswith(f"foregate: {sentence}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "p.txt", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "empty.txt", "p.txt", "there"]
 
 
 def test_an_interrupt_keeps_the_finished_batches(saved, prompt_file, tmp_path, monkeypatch, capsys):
