@@ -22,6 +22,7 @@ format: .venv/ready-for-tests
 bench: .venv/ready-for-tests
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.figure
+	$(BIN)/python -m benchmarks.tables
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "foregate needs Python 3.11 to 3.13; name one with make PYTHON=python3.12" >&2; exit 1; }

@@ -1,7 +1,11 @@
 """The fast engine gives the integers and events of the reference engine, whatever the policy, workload and costs."""
 
 import importlib
+import inspect
+import os
 import sys
+import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +30,7 @@ from sim.conformance import build, costs_for, difference, small_trace
 from sim.costs import Costs
 from sim.engines import run_engine
 from sim.experiment import composition_of, costs_of, system_of, workload_of
-from sim.fast import PolicyRaised, run_fast
+from sim.fast import PolicyRaised, native, run_fast
 from sim.fast.native import make_known
 from sim.reference import run_reference
 from sim.workload import make_workload
@@ -109,7 +113,8 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw, **fixed):
     """Draw a case; all numbers shrink towards few tokens, layers, experts and chunks, and towards the simplest policies."""
-    layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    # Mostly few experts; 40 fill more than one block of residents, 200 need wider ids.
+    layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 7) | st.sampled_from([40, 200]))
     top_k = draw(st.integers(1, min(experts, 3)))
     routed = st.lists(st.integers(0, experts - 1), min_size=0, max_size=top_k, unique=True)
     token = st.lists(routed, min_size=layers, max_size=layers)
@@ -151,6 +156,10 @@ def cases(draw, **fixed):
         chunk_bytes=100,
     )
     tried = composition(drop=draw(st.booleans()), reupload=draw(st.booleans()), **parts)
+    rule, parameters = tried.parts["prefetch"]
+    if "depth" in inspect.signature(rule.build).parameters:  # deeper than there are layers too
+        deep = (rule, {**parameters, "depth": draw(st.integers(1, 6))})
+        tried = replace(tried, parts={**tried.parts, "prefetch": deep})
     return Case(tried, workload, costs, slots, draw(st.booleans()))
 
 
@@ -485,6 +494,17 @@ def test_a_constant_of_another_module_decides_the_compiled_code(tmp_path, monkey
         finally:
             sys.dont_write_bytecode = before
     assert digests[0] != digests[1]
+
+
+def test_compiled_code_that_nobody_uses_any_more_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+    for name, age in (("old", 31), ("young", 29)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "code.nbc").write_bytes(b"x")
+        used = time.time() - age * 24 * 3600
+        os.utime(tmp_path / name, (used, used))
+    native._forget_unused.__wrapped__()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["young"]
 
 
 class Wild(Popularity):

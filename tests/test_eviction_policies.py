@@ -20,7 +20,7 @@ from policies.eviction.lrfu import LRFU
 from policies.eviction.lru import LRU
 from policies.eviction.s3fifo import S3FIFO
 from policies.eviction.sieve import Sieve
-from policies.order import append, make_order, oldest, shorten
+from policies.order import NOWHERE, append, make_order, oldest, shorten
 from policies.residency import AWAITED, FREE, HELD, Residency
 from sim.events import Events, future_of, make_events, one_key_events
 from sim.replay import one_pool, pool_per_layer, replay
@@ -170,7 +170,7 @@ def test_an_unused_prefetch_leaves_no_ghost(policy: Any, of: str) -> None:
     built = policy.build(a_setting())
     built.on_insert(0, 0, 0)
     built.on_evict(0, 0, 1)
-    assert getattr(built, of).queue[0] == -1
+    assert getattr(built, of).queue[0] == NOWHERE
 
 
 def test_prefetches_do_not_touch_fates_lists() -> None:
@@ -266,7 +266,7 @@ def test_shorten_drops_the_oldest() -> None:
     for key in (2, 0, 3):
         append(order, 0, key)
     shorten(order, 0, 2)
-    assert (oldest(order, 0), order.length[0], order.queue.tolist()) == (0, 2, [0, -1, -1, 0])
+    assert (oldest(order, 0), order.length[0], order.queue.tolist()) == (0, 2, [0, NOWHERE, NOWHERE, 0])
 
 
 unions = st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=60)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -37,6 +39,9 @@ PARAMETERS = 4
 
 NUMBER = (1 << 31) - 1
 """All that an expert key or a pool can be: ``key & NUMBER`` tells the compiler that an index does not count from the end."""
+
+UNUSED_SECONDS = 30 * 24 * 3600
+"""Compiled code that was not used for so long is removed."""
 
 _INT64 = ir.IntType(64)
 
@@ -171,9 +176,13 @@ def compiled(function: Callable[..., Any], of: str = "") -> Any:
 
     numba's own cache looks at the file of `function` only; here the folder is named by all that decides the code.
     """
-    digest = hashlib.sha256(f"{_engine_digest()} {of}".encode()).hexdigest()[:24]
+    folder = cache_folder() / hashlib.sha256(f"{_engine_digest()} {of}".encode()).hexdigest()[:24]
+    if folder.is_dir():
+        os.utime(folder)
+    else:
+        _forget_unused()
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(cache_folder() / digest)  # read when the decorator runs, and put back after it
+    numba.config.CACHE_DIR = str(folder)  # read when the decorator runs, and put back after it
     try:
         return njit(cache=True)(function)
     finally:
@@ -190,6 +199,15 @@ def cache_folder() -> Path:
     except OSError:
         return _temporary_folder()
     return wanted
+
+
+@cache
+def _forget_unused() -> None:
+    """Remove compiled code that no run of the last month used: every change of a source leaves some behind."""
+    for folder in cache_folder().iterdir():
+        with suppress(OSError):  # another process may be doing the same
+            if time.time() - folder.stat().st_mtime > UNUSED_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _temporary_folder() -> Path:
