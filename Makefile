@@ -1,4 +1,5 @@
-# Two commands: `make compare` runs the main job, `make test` runs all checks. Both set up .venv first.
+# Two commands: `make compare` runs the main job, `make test` runs all checks (and installs a CPU torch for the recorder).
+# Both set up .venv first.
 .PHONY: compare test format bench clean
 
 PYTHON ?= python3
@@ -30,7 +31,7 @@ bench: .venv/ready-for-tests
 	touch $@
 
 .venv/ready-for-tests: .venv/ready
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,real]'
 	touch $@
 
 clean:
