@@ -18,7 +18,11 @@ _POSITIVE, _FROM_ZERO = 1, 0
 
 # group -> constant -> (unit, smallest value that makes sense)
 _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
-    "link": {"h2d": (CURVE_UNIT, _POSITIVE), "chunk_bytes": ("bytes", _POSITIVE)},
+    "link": {
+        "h2d": (CURVE_UNIT, _POSITIVE),
+        "h2d_train": (CURVE_UNIT, _POSITIVE),
+        "chunk_bytes": ("bytes", _POSITIVE),
+    },
     "compute": {
         "memory_bandwidth": ("bytes/s", _POSITIVE),
         "flops": ("flop/s", _POSITIVE),
@@ -31,11 +35,18 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
         "gate_issue_ns": ("ns", _FROM_ZERO),
         "expert_issue_ns": ("ns", _FROM_ZERO),
         "step_ns": ("ns", _FROM_ZERO),
+        "step_readout_ns": ("ns", _FROM_ZERO),
     },
     "device": {"memory_bytes": ("bytes", _POSITIVE)},
 }
 
-Value = int | tuple[tuple[int, int], ...]
+OPTIONAL = ("link.h2d_train", "host.step_readout_ns")
+"""Constants that a profile may lack; the memory model then lacks the term."""
+
+Curve = tuple[tuple[int, int], ...]
+"""Points (bytes, ns) by rising bytes."""
+
+Value = int | Curve
 """A whole number, or the points of a curve."""
 
 
@@ -59,8 +70,8 @@ class Hardware:
     """
 
     name: str
-    h2d: tuple[tuple[int, int], ...]
-    """Points (bytes, ns) of one host-to-device copy, by rising bytes."""
+    h2d: Curve
+    """One host-to-device copy on a link that was idle."""
     chunk_bytes: int
     """An expert crosses the link in copies of at most this many bytes."""
     memory_bandwidth: int
@@ -83,6 +94,10 @@ class Hardware:
     """Host time once per step."""
     memory_bytes: int
     """Device memory."""
+    h2d_train: Curve | None = None
+    """One host-to-device copy behind another one; None where it was not measured apart."""
+    step_readout_ns: int | None = None
+    """From the end of a step on the device until the host goes on; None where the host does not wait for that end."""
     constants: tuple[Constant, ...] = ()
     """Every figure above with its source."""
 
@@ -107,8 +122,11 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
     name = _text("hardware.name", profile["name"])
     constants: dict[str, Constant] = {}
     for group, layout in _LAYOUT.items():
-        _same_keys(f"hardware.{group}", profile[group], layout)
+        required = [key for key in layout if f"{group}.{key}" not in OPTIONAL]
+        _same_keys(f"hardware.{group}", profile[group], required, layout)
         for key, (unit, smallest) in layout.items():
+            if key not in profile[group]:
+                continue
             constants[f"{group}.{key}"] = _constant(f"{group}.{key}", profile[group][key], unit, smallest)
 
     def number(of: str) -> int:
@@ -116,11 +134,14 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         assert isinstance(value, int)
         return value
 
-    curve = constants["link.h2d"].value
-    assert isinstance(curve, tuple)
+    def curve(of: str) -> Curve:
+        value = constants[of].value
+        assert isinstance(value, tuple)
+        return value
+
     return Hardware(
         name=name,
-        h2d=curve,
+        h2d=curve("link.h2d"),
         chunk_bytes=number("link.chunk_bytes"),
         memory_bandwidth=number("compute.memory_bandwidth"),
         flops=number("compute.flops"),
@@ -132,6 +153,8 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         expert_issue_ns=number("host.expert_issue_ns"),
         host_step_ns=number("host.step_ns"),
         memory_bytes=number("device.memory_bytes"),
+        h2d_train=curve("link.h2d_train") if "link.h2d_train" in constants else None,
+        step_readout_ns=number("host.step_readout_ns") if "host.step_readout_ns" in constants else None,
         constants=tuple(constants.values()),
     )
 
@@ -182,7 +205,7 @@ def _constant(name: str, entry: Any, unit: str, smallest: int) -> Constant:
     return Constant(name, value, unit, entry["tag"], _text(f"{where}.source", entry["source"]))
 
 
-def _curve(where: str, points: Any) -> tuple[tuple[int, int], ...]:
+def _curve(where: str, points: Any) -> Curve:
     """Return the points of a curve; bytes must rise, time must not fall."""
     if not isinstance(points, (list, tuple)) or len(points) < 2:
         raise InputError(f"{where} is {points!r}: it must be a list of at least two points {CURVE_UNIT}")

@@ -15,7 +15,7 @@ import simpy
 from policies.contract import Seen
 from policies.residency import AWAITED, FREE, HELD, ContractError, Residency, no_prediction, no_victim
 from policies.system import System
-from sim.costs import Costs
+from sim.costs import NO_READOUT, Costs
 from sim.link import Link, Transfer
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
@@ -104,6 +104,8 @@ class _Engine:
             self.computed += step_ns
             self.host_idle += step_end - compute - step_ns
             compute = step_end
+            if costs.step_readout_ns != NO_READOUT:
+                host = compute + costs.step_readout_ns
             self._close_step()
         yield env.timeout(compute - env.now)
 

@@ -98,7 +98,7 @@ def test_tags_are_counted():
         (
             "link.chunk_byte",
             {},
-            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, h2d",
+            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, h2d, h2d_train",
         ),
         (
             "link.chunk_bytes.source",
@@ -165,6 +165,16 @@ def test_tags_are_counted():
 )
 def test_bad_profiles_are_refused_in_one_sentence(path, value, sentence):
     assert refusal(path, value) == sentence
+
+
+def test_terms_that_a_profile_may_lack():
+    assert (make_hardware(tiny_profile()).h2d_train, make_hardware(tiny_profile()).step_readout_ns) == (None, None)
+    profile = tiny_profile()
+    profile["link"]["h2d_train"] = constant([[100, 6], [200, 12]], "[bytes, ns]", "measured")
+    profile["host"]["step_readout_ns"] = constant(9)
+    hardware = make_hardware(profile)
+    assert (hardware.h2d_train, hardware.step_readout_ns) == (((100, 6), (200, 12)), 9)
+    assert [row.name for row in hardware.provenance()][:2] == ["link.h2d", "link.h2d_train"]
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -13,6 +13,7 @@ from numba import njit
 
 from policies.contract import NEVER
 from policies.residency import AWAITED, FREE, HELD
+from sim.costs import NO_READOUT
 from sim.fast.hooks import REFUSED, ROOM
 from sim.fast.native import FAILED, call
 from sim.fast.state import (
@@ -83,6 +84,8 @@ def run_part(runs: Any, stop: Any) -> Any:
             run.computed += step_ns
             run.host_idle += step_end - run.compute - step_ns
             run.compute = step_end
+            if run.step_readout_ns != NO_READOUT:
+                run.host = run.compute + run.step_readout_ns
             _close_step(run, step_of(run))
             run.step += 1
             if run.now + 1 == run.events:
@@ -499,6 +502,7 @@ def _let_link_act(run: Any, until: Any) -> None:
             _give_way(run)
         else:
             run.busy_ns += run.time - run.moving_since
+            run.free_since = run.time
             key = run.moving
             run.moving = NOTHING
             _land(run, key, run.time)
@@ -508,7 +512,7 @@ def _let_link_act(run: Any, until: Any) -> None:
 @njit(forceinline=True)
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
-    ns, compute, waited = run.time, run.compute, run.waited
+    starts, ns, compute, waited = run.time, run.time + _wake(run), run.compute, run.waited
     places_at, experts_at, first_key = run.places_at, run.experts_at, run.first_key
     chunk_ns, last_chunk_ns = run.chunk_ns, run.last_chunk_ns
     for index in range(run.demands):
@@ -516,22 +520,22 @@ def _serve_demands(run: Any) -> None:
         key = demand.demand
         expert = record(experts_at, key, EXPERT)
         if expert.transfer != STARTED:
-            _start_transfer(run, key, ns)
+            _start_transfer(run, key, starts)
         ns += (transfer_of(run, key).chunks_left - 1) * chunk_ns + last_chunk_ns
         expert.transfer = NONE
         if expert.refresh:
             run.refresh_bytes += run.expert_bytes
         waited += max(ns - compute, 0)
         compute = max(ns, compute) + record(places_at, key - first_key, PLACE).takes
-        demand.landed_ns = ns
+        demand.landed_ns = starts = ns
     run.compute, run.waited = compute, waited
     if run.logging:
         for index in range(run.demands):
             _note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
     run.outstanding -= run.demands
     run.demands = 0
-    run.busy_ns += ns - run.time
-    run.time = ns
+    run.busy_ns += ns - run.moving_since
+    run.free_since = run.time = ns
 
 
 @njit(forceinline=True)
@@ -544,10 +548,18 @@ def _serve_prefetch(run: Any) -> None:
         if expert.transfer == STARTED or _start_transfer(run, key, run.time):
             expert.transfer = STARTED
             run.moving = key
-            run.moving_since = run.time
             run.alarm = END
-            run.alarm_ns = run.time + (transfer_of(run, key).chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+            run.alarm_ns = run.time + _wake(run) + (transfer_of(run, key).chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
             return
+
+
+@njit(forceinline=True)
+def _wake(run: Any) -> Any:
+    """Note that the link moves from now on; return what the first chunk takes longer if it was idle before."""
+    start_ns = 0 if run.free_since == run.time else run.link_start_ns
+    run.busy_ns += start_ns
+    run.moving_since = run.time + start_ns
+    return start_ns
 
 
 @njit(forceinline=True)
@@ -575,6 +587,7 @@ def _give_way(run: Any) -> None:
         run.alarm_ns = run.time + (transfer.chunks_left - 1 - chunks) * run.chunk_ns + run.last_chunk_ns
         return
     run.busy_ns += elapsed
+    run.free_since = run.time
     transfer.chunks_left -= chunks
     run.moving = NOTHING
     if expert.refresh or transfer.target > run.now:
