@@ -19,7 +19,18 @@ from rich.console import Console
 import traces
 from policies.system import AXES
 from sim.compare import compare
-from sim.config import Config, check_types, compose_config, expand, groups, name_system, options, quoted, readable
+from sim.config import (
+    Config,
+    check_types,
+    compose_config,
+    expand,
+    groups,
+    name_system,
+    one_of,
+    options,
+    quoted,
+    readable,
+)
 from sim.experiment import simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
@@ -29,6 +40,7 @@ USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
+  calibrate               measure this machine and write its hardware profile
   trace import FILE       another program's recording into a trace file
   trace inspect [FILE]    what a trace's routing is like
   trace synthesize        routing with the statistics of a published model
@@ -198,6 +210,22 @@ def _trace_synthesize(words: list[str]) -> int:
     return 0
 
 
+def _calibrate(words: list[str]) -> int:
+    config = _settings("calibrate", words, "out")
+    if config is None:
+        return 0
+    from real.calibration import calibrate  # torch takes seconds to import, and need not be there
+
+    one_of("base", config["base"], options("hardware"))
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in calibrate(config["out"], config["base"], lambda what: errors.print(what, markup=False)):
+        errors.print(sentence, markup=False)
+    _out().print(
+        f"{config['out']}: put its folder's parent into --config-dir and choose it with hardware=NAME", highlight=False
+    )
+    return 0
+
+
 def _list(words: list[str]) -> int:
     known = [*groups(), "formats"]
     for word in words:
@@ -226,6 +254,7 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
+    "calibrate": _calibrate,
     "trace import": _trace_import,
     "trace inspect": _trace_inspect,
     "trace synthesize": _trace_synthesize,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from traces.errors import InputError, nearest
@@ -60,6 +60,8 @@ class Constant(NamedTuple):
     tag: str
     """One of `TAGS`."""
     source: str
+    spread: tuple[tuple[int, int], ...] = ()
+    """10th and 90th percentile of what was measured: one pair for a number, one per point for a curve; or nothing."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Hardware:
     """From the end of a step on the device until the host goes on; None where the host does not wait for that end."""
     constants: tuple[Constant, ...] = ()
     """Every figure above with its source."""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """What a calibration noted besides: device, driver, versions, and measurements that the memory model does not use."""
 
     def provenance(self) -> list[Constant]:
         """Return (name, value, unit, tag, source) of every constant, in the order of the YAML."""
@@ -114,11 +118,11 @@ class Hardware:
 def make_hardware(profile: Mapping[str, Any]) -> Hardware:
     """Check a profile and return it as `Hardware`.
 
-    A profile has a `name` and the groups ``link``, ``compute``, ``host`` and ``device``; every constant is a
-    mapping of `value`, `unit`, `tag` and `source`. Raises InputError that names the field, its value and what
-    is right.
+    A profile has a `name` and the groups ``link``, ``compute``, ``host`` and ``device``; every constant is a mapping of
+    `value`, `unit`, `tag`, `source` and, if it likes, `spread`. A mapping `machine` is kept as it is. Raises InputError
+    that names the field, its value and what is right.
     """
-    _same_keys("hardware", profile, ("name", *_LAYOUT))
+    _same_keys("hardware", profile, ("name", *_LAYOUT), ("name", *_LAYOUT, "machine"))
     name = _text("hardware.name", profile["name"])
     constants: dict[str, Constant] = {}
     for group, layout in _LAYOUT.items():
@@ -156,6 +160,7 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         h2d_train=curve("link.h2d_train") if "link.h2d_train" in constants else None,
         step_readout_ns=number("host.step_readout_ns") if "host.step_readout_ns" in constants else None,
         constants=tuple(constants.values()),
+        machine=dict(_mapping("hardware.machine", profile.get("machine") or {})),
     )
 
 
@@ -170,7 +175,7 @@ def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> M
             raise InputError("model.name is 'trace', but there is no trace to ask: choose a model with model=NAME")
         return recorded
     required = ("name", "layers", "experts", "top_k")
-    _same_keys("model", sizes, required, [field.name for field in fields(ModelSpec)])
+    _same_keys("model", sizes, required, [each.name for each in fields(ModelSpec)])
     found: dict[str, Any] = {"name": _text("model.name", sizes["name"])}
     for key in ("layers", "experts", "top_k"):
         found[key] = _whole(f"model.{key}", sizes[key], _POSITIVE)
@@ -192,7 +197,8 @@ def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> M
 
 def _constant(name: str, entry: Any, unit: str, smallest: int) -> Constant:
     where = f"hardware.{name}"
-    _same_keys(where, entry, ("value", "unit", "tag", "source"))
+    required = ("value", "unit", "tag", "source")
+    _same_keys(where, entry, required, (*required, "spread"))
     if entry["unit"] != unit:
         raise InputError(f"{where}.unit is '{entry['unit']}': it must be '{unit}'")
     if entry["tag"] not in TAGS:
@@ -202,7 +208,26 @@ def _constant(name: str, entry: Any, unit: str, smallest: int) -> Constant:
         if unit == CURVE_UNIT
         else _whole(f"{where}.value", entry["value"], smallest, unit)
     )
-    return Constant(name, value, unit, entry["tag"], _text(f"{where}.source", entry["source"]))
+    source = _text(f"{where}.source", entry["source"])
+    return Constant(name, value, unit, entry["tag"], source, _spread(f"{where}.spread", entry.get("spread"), value))
+
+
+def _spread(where: str, spread: Any, value: Value) -> tuple[tuple[int, int], ...]:
+    """Return pairs (10th, 90th percentile): one for a number, one for every point of a curve."""
+    if spread is None:
+        return ()
+    pairs = spread if isinstance(value, tuple) else [spread]
+    count = len(value) if isinstance(value, tuple) else 1
+    if not isinstance(pairs, (list, tuple)) or len(pairs) != count:
+        raise InputError(f"{where} is {spread!r}: it must be one pair [10th percentile, 90th] per point of the curve")
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise InputError(f"{where} holds {pair!r}: it must be a pair [10th percentile, 90th]")
+    found = tuple((_whole(where, low, _FROM_ZERO), _whole(where, high, _FROM_ZERO)) for low, high in pairs)
+    for low, high in found:
+        if low > high:
+            raise InputError(f"{where} holds [{low}, {high}]: the 10th percentile is above the 90th")
+    return found
 
 
 def _curve(where: str, points: Any) -> Curve:
