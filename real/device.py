@@ -8,9 +8,9 @@ done.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from real.schedule import Schedule, SlotRead, SlotWrite
+from real.schedule import Schedule
 
 COMPUTE, COPY = 0, 1
 """The two streams: kernels; host-to-device copies of experts."""
@@ -21,7 +21,7 @@ STREAM_NAMES = ("compute stream", "copy stream")
 class Device(ABC):
     """Two streams in order, and the host that submits to them; subclasses say how work runs.
 
-    With a `schedule`, every slot read and write is proved to be ordered (`real.schedule`).
+    With a `schedule`, it is told every ticket and wait, so that it can prove the order of what is reported to it.
     """
 
     def __init__(self, schedule: Schedule | None = None) -> None:
@@ -31,13 +31,9 @@ class Device(ABC):
         self._known = [0, 0]
         """Last ticket of each stream that the host knows to be done."""
 
-    def submit(
-        self, stream: int, work: Callable[[], None], reads: Sequence[SlotRead] = (), writes: Sequence[SlotWrite] = ()
-    ) -> None:
-        """Let `work` run on `stream` after all that was submitted to it; it reads and writes the given slots."""
-        if self.schedule is not None:
-            self.schedule.submit(stream, reads, writes)
-        self._submit(stream, work)
+    @abstractmethod
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        """Let `work` run on `stream` after all that was submitted to it."""
 
     def record(self, stream: int) -> int:
         """Mark what `stream` was given so far and return the ticket."""
@@ -92,9 +88,6 @@ class Device(ABC):
     @abstractmethod
     def mark_ns(self, mark: int) -> int:
         """Return the ns of a mark, once the device is drained: on the host's clock (`time.perf_counter_ns`)."""
-
-    @abstractmethod
-    def _submit(self, stream: int, work: Callable[[], None]) -> None: ...
 
     @abstractmethod
     def _record(self, stream: int, ticket: int) -> None: ...

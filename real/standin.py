@@ -69,7 +69,8 @@ class StandIn(Device):
         """Return the ns of a mark."""
         return self._marks[mark]
 
-    def _submit(self, stream: int, work: Callable[[], None]) -> None:
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        """Queue `work`."""
         if stream == COPY:
             self._copies += 1
             if self._copies == self._fail_at_copy:
