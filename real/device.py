@@ -82,6 +82,13 @@ class Device(ABC):
         """Let the device work while the host looks out for what a kernel is to write."""
 
     @abstractmethod
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Submit a copy of `size` bytes from host memory to device memory to the copy stream; both are addresses."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of the device."""
+
+    @abstractmethod
     def mark(self, stream: int) -> int:
         """Note the device's time at this place of `stream`; return a number for `mark_ns`."""
 

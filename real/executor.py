@@ -170,7 +170,6 @@ class Executor:
             self.decoder.end_step(step)
             self.timeline.end_step(step)
         self.device.drain()
-        self.timeline.finish()
         self.link.poll()
 
     def outcome(self) -> Outcome:

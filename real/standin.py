@@ -6,6 +6,7 @@ that forgets a wait computes with what happens to lie in the slot.
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from collections import deque
@@ -53,6 +54,10 @@ class StandIn(Device):
         self._drift()
         if self._queue[COMPUTE]:
             self._step(COMPUTE)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Queue a copy between two addresses."""
+        self.submit(COPY, lambda: _move(target, source, size))
 
     def mark(self, stream: int) -> int:
         """Note the time at this place of `stream`."""
@@ -111,6 +116,10 @@ class StandIn(Device):
             self._synchronize(*item)
         else:
             item()
+
+
+def _move(target: int, source: int, size: int) -> None:
+    ctypes.memmove(target, source, size)
 
 
 def _fail() -> None:

@@ -26,7 +26,7 @@ _ATTENTION, _GATE, _WAIT, _START, _END, _HEAD, _STEP_END, _COPY_START, _COPY_END
 
 
 class DeviceTimes(NamedTuple):
-    """Where the compute stream's time went in every step, ns; S steps. compute + wait + host is the duration."""
+    """Where the compute stream's time went in every marked step, ns; S steps. compute + wait + host is the duration."""
 
     compute: Ints
     wait: Ints
@@ -51,24 +51,21 @@ class Timeline:
         self.device = device
         self.layers = layers
         self.marks = marks
+        """Whether to make device marks; may be switched on between two steps."""
         self.issued_ns = 0
         """When the last gate was issued."""
         self._step = self._layer = 0
-        self._first_step = -1
         self._stamps: list[int] = []
         self._step_stamps: list[int] = []
         self._marks: list[tuple[int, int, int, int]] = []
         """(step, layer, kind, mark)"""
         self._copies: list[tuple[int, int, int, int]] = []
         """(event, kind, mark, bytes)"""
-        self.end_ns = 0
 
     # ---- while it runs ---------------------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
         """The host begins to issue a step."""
-        if self._first_step < 0:
-            self._first_step = step
         self._step, self._layer = step, 0
         self._step_stamps.append(time.perf_counter_ns())
         self._mark(_ATTENTION)
@@ -126,10 +123,6 @@ class Timeline:
         if self.marks:
             self._copies.append((event, _COPY_END, self.device.mark(COPY), size))
 
-    def finish(self) -> None:
-        """The device is drained."""
-        self.end_ns = time.perf_counter_ns()
-
     def _mark(self, kind: int) -> None:
         if self.marks:
             self._marks.append((self._step, self._layer, kind, self.device.mark(COMPUTE)))
@@ -143,13 +136,12 @@ class Timeline:
 
     @property
     def step_ns(self) -> Ints:
-        """[S] host ns from one step's first gate to the next one's; the last step's until the device is drained."""
-        first = self.stamps[:, 0, STAMPS.index("routed")]
-        return np.diff(first, append=self.end_ns)
+        """[S - 1] host ns from one step's first gate to the next one's."""
+        return np.diff(self.stamps[:, 0, STAMPS.index("routed")])
 
-    def host_parts(self) -> dict[str, float]:
+    def host_parts(self, steps: slice) -> dict[str, float]:
         """Return median host ns per layer by what they were spent on; waiting for the gate is not work."""
-        parts = np.diff(self.stamps, axis=2)
+        parts = np.diff(self.stamps[steps], axis=2)
         names = ("issue_gate", "await_gate", "decide_and_feed", "issue_experts")
         return {name: float(np.median(parts[:, :, place])) for place, name in enumerate(names)}
 
@@ -164,12 +156,13 @@ class Timeline:
         return np.array(rows, np.int64).reshape(-1, 4)
 
     def device_times(self) -> DeviceTimes | None:
-        """Return where every step's time went; None where no marks were made."""
-        if not self.marks or not self._marks:
+        """Return where the time of every marked step went; None where no marks were made."""
+        if not self._marks:
             return None
         rows = self.device_marks()
-        steps = rows[-1, 0] - self._first_step + 1
-        step = rows[:-1, 0] - self._first_step
+        first = int(rows[0, 0])
+        steps = int(rows[-1, 0]) - first + 1
+        step = rows[:-1, 0] - first
         spans = np.diff(rows[:, 3])
         kinds = rows[:-1, 2]
 
@@ -181,13 +174,13 @@ class Timeline:
         ends = rows[rows[:, 2] == _STEP_END, 3]
         duration = np.diff(ends, prepend=rows[0, 3])
         compute = attention + experts + head
-        busy, rate = self._link(steps)
+        busy, rate = self._link(first, steps)
         return DeviceTimes(compute, wait, duration - compute - wait, attention, experts, head, busy, rate)
 
-    def _link(self, steps: int) -> tuple[Ints, float]:
+    def _link(self, first: int, steps: int) -> tuple[Ints, float]:
         copies = self.copy_marks()
         starts, ends = copies[copies[:, 1] == _COPY_START], copies[copies[:, 1] == _COPY_END]
-        step = np.maximum(starts[:, 0] // self.layers - self._first_step, 0)
+        step = np.maximum(starts[:, 0] // self.layers - first, 0)
         busy = np.bincount(step, weights=ends[:, 2] - starts[:, 2], minlength=steps)[:steps].astype(np.int64)
         moved = spent = 0
         for event in np.unique(starts[:, 0]):
