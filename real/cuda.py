@@ -23,10 +23,11 @@ class Cuda(Device):
 
     def __init__(self, schedule: Schedule | None = None) -> None:
         super().__init__(schedule)
-        self._driver = _driver()
+        torch.cuda.synchronize()  # what was allocated and filled on other streams is there
+        self._memcpy = _driver().cuMemcpyHtoDAsync_v2
         self._before = torch.cuda.current_stream()
         self._streams = (torch.cuda.Stream(), torch.cuda.Stream())
-        self._copy_stream = ctypes.c_void_p(self._streams[COPY].cuda_stream)
+        self._copy_stream: int = self._streams[COPY].cuda_stream
         torch.cuda.set_stream(self._streams[COMPUTE])
         self._ring = tuple([torch.cuda.Event() for _ in range(RING)] for _ in range(2))
         self._marks: list[Any] = []
@@ -46,7 +47,7 @@ class Cuda(Device):
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy `size` bytes of registered host memory to the device on the copy stream; addresses are plain numbers."""
-        failed = self._driver.cuMemcpyHtoDAsync_v2(ctypes.c_uint64(target), ctypes.c_void_p(source), size, self._copy_stream)
+        failed = self._memcpy(target, source, size, self._copy_stream)
         if failed:
             raise InputError(f"a host-to-device copy of {size} bytes failed: {_reason(failed)}")
 
@@ -90,8 +91,7 @@ def unregister(address: int) -> None:
 
 @cache
 def _driver() -> Any:
-    torch.cuda.init()
-    torch.cuda.current_stream()  # makes the GPU's context current in this thread
+    torch.zeros(1, device="cuda")  # makes the GPU's context, and makes it current in this thread
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     return driver

@@ -9,6 +9,7 @@ positional encoding: it would change neither bytes nor the order of work.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,10 +87,18 @@ class ReplayDecoder:
     """Decoder of `shape` for the steps of `inputs`, reading experts from `pool`; `real.executor.Decoder` says what it offers."""
 
     def __init__(
-        self, shape: ModelShape, weights: Weights, inputs: ReplayInputs, pool: SlotPool, device: Device, where: str, seed: int = 0
+        self,
+        shape: ModelShape,
+        weights: Weights,
+        inputs: ReplayInputs,
+        pool: SlotPool,
+        device: Device,
+        where: str,
+        seed: int = 0,
     ) -> None:
         self.shape, self.weights, self.inputs, self.pool, self.device = shape, weights, inputs, pool, device
-        self.on_gpu = where != "cpu"
+        self._pin = where != "cpu"
+        self._kernels = self._use_kernels(where)
         steps, most = inputs.positions.shape
         entries = most * shape.top_k
         if max(shape.experts, 1) >= 1 << ID_BITS or steps >= 1 << (31 - ID_BITS):
@@ -131,7 +140,7 @@ class ReplayDecoder:
         self._count = 0
         """Tokens of the running step."""
         self._graphs: dict[tuple[str, int, int], Any] = {}
-        if self.on_gpu:
+        if self._kernels:
             width = min(most, GRAPH_TOKENS) * shape.top_k
             self._ring_tensor = self._shared(RING_ROWS, width)
             self._ring = self._ring_tensor.numpy()
@@ -146,26 +155,21 @@ class ReplayDecoder:
 
     def capture(self) -> None:
         """Record the graphs of all step sizes that run as graphs; does nothing on a CPU."""
-        if not self.on_gpu:
+        if not self._kernels:
             return
-        sizes = sorted({count for step, count in enumerate(self.inputs.tokens) if self._is_graphed(step)})
         memory = torch.cuda.graph_pool_handle()
-        for count in sizes:
-            parts: list[tuple[str, int, Callable[[], None]]] = [("begin", 0, lambda count=count: self._embed(count))]  # type: ignore[misc]
-            for layer in range(self.shape.layers):
-                parts.append(("route", layer, lambda count=count, layer=layer: self._attend(layer, count, None)))  # type: ignore[misc]
-            parts.append(("experts", 0, lambda count=count: self._experts_in_slots(count)))  # type: ignore[misc]
-            parts.append(("end", 0, lambda count=count: self._finish(count)))  # type: ignore[misc]
+        for count in self._graph_sizes():
+            parts = self._parts(count)
             self._step.fill_(-1)
-            for _, _, part in parts:  # kernels compile and libraries settle before anything is recorded
+            for part in parts.values():  # kernels compile and libraries settle before anything is recorded
                 part()
             torch.cuda.synchronize()
-            for name, layer, part in parts:
+            for place, part in parts.items():
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=memory)
                 part()
                 graph.capture_end()
-                self._graphs[name, layer, count] = graph
+                self._graphs[place] = graph
         torch.cuda.synchronize()
         self._reset()
 
@@ -174,13 +178,13 @@ class ReplayDecoder:
     def begin_step(self, step: int) -> None:
         """Submit the embedding."""
         self._count = count = self.inputs.tokens[step]
-        self._graphed = self.on_gpu and self._is_graphed(step)
+        self._graphed = self._kernels and self._is_graphed(step)
         self._submit("begin", 0, lambda: self._embed(count))
 
     def route(self, step: int, layer: int) -> None:
         """Submit attention and gate of a layer."""
         count, segments = self._count, self.inputs.segments[step]
-        if self.on_gpu:
+        if self._kernels:
             self._listed = 0
         self._submit("route", layer, lambda: self._attend(layer, count, segments))
 
@@ -226,6 +230,19 @@ class ReplayDecoder:
             self._graphs[name, layer, self._count].replay()
         else:
             self.device.submit(COMPUTE, part)
+
+    def _graph_sizes(self) -> list[int]:
+        """Return the tokens of the steps that run as graphs."""
+        return sorted({count for step, count in enumerate(self.inputs.tokens) if self._is_graphed(step)})
+
+    def _parts(self, count: int) -> dict[tuple[str, int, int], Callable[[], None]]:
+        """Return all parts of a step of `count` tokens by (name, layer, tokens), in an order in which they can run."""
+        return {
+            ("begin", 0, count): lambda: self._embed(count),
+            **{("route", layer, count): partial(self._attend, layer, count, None) for layer in range(self.shape.layers)},
+            ("experts", 0, count): lambda: self._experts_in_slots(count),
+            ("end", 0, count): lambda: self._finish(count),
+        }
 
     def _embed(self, count: int) -> None:
         self._step += 1
@@ -279,7 +296,7 @@ class ReplayDecoder:
         """Write what the trace says into host memory, and the gate's weights of it."""
         count = len(logits)
         words = self._words_tensor[layer, : count * self.shape.top_k]
-        if self.on_gpu:
+        if self._kernels:
             from real import kernels
 
             kernels.route(logits, self._forced[layer], self._step, self._gate, words, self.shape.top_k)
@@ -307,7 +324,7 @@ class ReplayDecoder:
     def _plain_experts(self, groups: list[tuple[int, list[int]]]) -> Callable[[], None]:
         """Return the work of computing some experts with plain matrix products: (slot, entries) each."""
         places = [place for _, entries in groups for place in entries]
-        if self.on_gpu:
+        if self._kernels:
             from real import kernels
 
             start, self._listed = self._listed, self._listed + len(places)
@@ -348,6 +365,11 @@ class ReplayDecoder:
         for used in (self._keys, self._values, self._y, self._gate, self.chosen, self.checksums):
             used.zero_()
 
+    @staticmethod
+    def _use_kernels(where: str) -> bool:
+        """Whether small steps run as graphs of Triton kernels: on a GPU."""
+        return where != "cpu"
+
     def _shared(self, *sizes: int) -> Any:
         """Return zeros (int32) in host memory that kernels can read and write too; small, so rounding up does not matter."""
-        return torch.zeros(*sizes, dtype=torch.int32, pin_memory=self.on_gpu)
+        return torch.zeros(*sizes, dtype=torch.int32, pin_memory=self._pin)

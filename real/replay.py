@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,7 @@ def run_cell(cell: Cell, model: Model, device: Device | None = None) -> Measured
     total = cell.warmup + cell.steps + cell.marked
     if total > len(workload.decode):
         raise InputError(f"cell '{cell.name}' asks for {total} steps, but its workload has {len(workload.decode)}")
+    free_device_memory()  # what an exception of an earlier cell still held
     with _device_errors(cell), _opened(device, model.where, cell) as opened:
         return _measure(cell, model, workload, opened)
 
@@ -272,6 +273,7 @@ def _counts(executor: Executor) -> dict[str, Any]:
 
 def _link_rate(device: Device, model: Model, pool: SlotPool) -> float:
     """Return bytes/s of back-to-back copies of single experts into a pool that holds nothing yet."""
+    device.drain()
     copies, size, blocks = 96, model.shape.expert_bytes, len(model.slab.blocks)
     rate = 0.0
     for _ in range(3):  # the first train wakes the link up
@@ -319,10 +321,16 @@ def _device_errors(cell: Cell) -> Iterator[None]:
             raise
         raise InputError(f"cell '{cell.name}': the GPU failed: {str(error).splitlines()[0]}") from error
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            gc.collect()
-            torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a device that is lost, which was said already
+            free_device_memory()
+
+
+def free_device_memory() -> None:
+    """Wait for the GPU, if there is one, and give back what nobody refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 @contextmanager
