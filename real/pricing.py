@@ -1,7 +1,7 @@
 """Open loop: what the decisions of a log would have cost on the simulated machine.
 
-The log of a run (the executor's or an engine's; the words are the same) says which experts were there and which transfers were
-started in which order. Time is computed anew with the memory model of docs/model.md; nothing is decided.
+The log of a run (the executor's or an engine's; the words are the same) says which experts were there and which transfers
+were started in which order. Time is computed anew with the memory model of docs/model.md; nothing is decided.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class _Pricing:
                 self.started[event].append(move)
             elif what == "landed" and key in open_moves:
                 open_moves.pop(key).landed_place = place
-            elif what == "cancel" and key in open_moves:
-                open_moves.pop(key).cancelled = event
-            elif what == "evict" and key in open_moves and open_moves[key].what == "refresh":
+            elif key in open_moves and (what == "cancel" or (what == "evict" and open_moves[key].what == "refresh")):
                 open_moves.pop(key).cancelled = event
 
     def result(self) -> Priced:
