@@ -95,6 +95,7 @@ class _Link:
 class _Pricing:
     def __init__(self, log: Log, workload: Workload, costs: Costs, setting: Setting) -> None:
         self.events, self.costs, self.setting = workload.events, costs, setting
+        self.computed = self.waited = 0
         self.takes = costs.expert_ns[self.events.tokens].tolist()
         self.link = _Link(costs, len(workload.decode))
         self.judged: list[dict[str, list[int]]] = [{what: [] for what in JUDGED} for _ in range(self.events.total)]

@@ -87,8 +87,8 @@ class CellReport(NamedTuple):
 def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellReport:
     """Simulate the cell of `run` on `hardware`, open and closed loop, and return the differences.
 
-    A cell that was preloaded is simulated without transfers: its link is free. Raises InputError where `trace` is not the one
-    that was run, or is too short.
+    A cell that was preloaded is simulated without transfers: its link is free. Raises InputError where `trace` is not the
+    one that was run, or is too short.
     """
     if trace.hash != run.trace_hash:
         raise InputError(
