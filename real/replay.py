@@ -385,7 +385,8 @@ def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> in
                     if model is not None:
                         model.close()
                         model = None
-                    model = Model(cell.shape, where)
+                    with _device_errors(cell):
+                        model = Model(cell.shape, where)
                 measured = run_cell(cell, model)
                 write_result(out, cell, measured)
                 print(line(measured.row, time.monotonic() - began), flush=True)

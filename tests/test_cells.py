@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the real backend needs torch (the extra `real`)")
 
-# ruff: noqa: E402  # what must be there comes first
+# what must be there comes first
 
 from real.cells import fit_routing, make_cell, write_cells
 from real.replay import build_cell_system, read_cells
