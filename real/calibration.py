@@ -113,7 +113,7 @@ def gpu_facts() -> dict[str, Any]:
     """Return device, driver and versions of the current CUDA device."""
     import torch
 
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "device": properties.name,
         "memory_bytes": properties.total_memory,
@@ -302,13 +302,17 @@ def _write(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def tell(what: str) -> None:
+    """Say something to whoever waits."""
+    print(what, file=sys.stderr, flush=True)  # noqa: T201
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a calibration from the command line; return 0, 2 for bad input, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m real.calibration", description="Measure this machine.")
     parser.add_argument("--out", required=True, help="NAME.yaml, such as conf/hardware/NAME.yaml")
     parser.add_argument("--base", default=BASE, help="profile whose constants stand where nothing was measured")
     options = parser.parse_args(arguments)
-    tell = lambda what: print(what, file=sys.stderr, flush=True)  # noqa: E731, T201
     try:
         for sentence in calibrate(options.out, options.base, tell):
             tell(sentence)

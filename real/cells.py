@@ -35,9 +35,9 @@ def fit_routing(trace: Trace, spec: ModelSpec) -> Trace:
     """Return the routing of `trace` in the shape of another model: fewer experts per token, fewer experts, other layers.
 
     Of every token's ranked experts the first ``spec.top_k`` that the model has are kept. Layers that the recording lacks
-    route as its first ones did for the next request at the same position: as local and as skewed as the recording, but not the
-    same as the layer that they are taken from. A trace with such layers calls itself synthetic. Raises InputError where the
-    recording has fewer experts per token than the model.
+    route as its first ones did for the next request at the same position: as local and as skewed as the recording, but
+    not the same as the layer that they are taken from. A trace with such layers calls itself synthetic. Raises InputError
+    where the recording has fewer experts per token than the model.
     """
     recorded = trace.model
     if recorded.top_k < spec.top_k:
@@ -66,7 +66,7 @@ def fit_routing(trace: Trace, spec: ModelSpec) -> Trace:
         model=spec,
         provenance=Provenance(
             "synthetic" if made_up else trace.provenance.kind,
-            f"{trace.provenance.source}, fitted to {spec.name}: {spec.layers} layers, {spec.experts} experts, top-{spec.top_k}",
+            f"{trace.provenance.source}, in the shape of {spec.name} ({spec.layers} x {spec.experts}, top-{spec.top_k})",
             "foregate real.cells",
         ),
         domains=trace.domains,
@@ -115,11 +115,13 @@ def make_cell(name: str, overrides: Iterable[str], folder: Path, *, slots: int |
 def decoder_shape(spec: ModelSpec) -> ModelShape:
     """Return a decoder of the model's sizes.
 
-    Attention is plain with heads of 128; what the model's other bytes hold beyond it makes the vocabulary, so that the decoder
-    has as many bytes as the model. Raises InputError where a size is unknown.
+    Attention is plain with heads of 128; what the model's other bytes hold beyond it makes the vocabulary, so that the
+    decoder has as many bytes as the model. Raises InputError where a size is unknown.
     """
     if spec.hidden_size is None or spec.expert_width is None or spec.other_bytes is None:
-        raise InputError(f"model '{spec.name}' does not say its sizes, which a decoder needs: choose one that does with model=NAME")
+        raise InputError(
+            f"model '{spec.name}' does not say its sizes, which a decoder needs: choose one that does with model=NAME"
+        )
     hidden, shared = spec.hidden_size, spec.shared_experts * spec.expert_width
     per_layer = 4 * hidden**2 + spec.experts * hidden + 3 * shared * hidden
     vocabulary = max((spec.other_bytes // 2 - spec.layers * per_layer) // (2 * hidden), 1024)
@@ -158,7 +160,7 @@ def write_cells(cells: Iterable[Cell], path: Path) -> None:
 
 
 def _first(ids: Any, values: Any, experts: int, count: int) -> tuple[Any, Any]:
-    """Return the first `count` of the ranked `ids` [..., M] below `experts`, with their values; -1 and 0 where there are fewer."""
+    """Return the first `count` of the ranked `ids` [..., M] below `experts`, and their values; else -1 and 0."""
     known = (ids >= 0) & (ids < experts)
     order = np.argsort(~known, axis=-1, kind="stable")[..., :count]
     there = np.take_along_axis(known, order, -1)
@@ -169,7 +171,7 @@ def _first(ids: Any, values: Any, experts: int, count: int) -> tuple[Any, Any]:
 
 
 def _rows_of_next_request(trace: Trace) -> Any:
-    """Return for every row the row of the next request (the first after the last) at the same position, counted modulo its length."""
+    """Return for every row that of the next request (the first follows the last) at the same position, modulo its length."""
     rows = {request: np.flatnonzero(trace.request == request) for request in np.unique(trace.request).tolist()}
     names = sorted(rows)
     following = dict(zip(names, names[1:] + names[:1], strict=True))
@@ -189,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     cells = make_grid(folder)
     write_cells(cells, folder / "cells.json")
-    print(f"{len(cells)} cells in {folder / 'cells.json'}")  # noqa: T201
+    print(f"{len(cells)} cells in {folder / 'cells.json'}")
     return 0
 
 

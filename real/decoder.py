@@ -24,7 +24,7 @@ GRAPH_TOKENS = 4
 """Steps of up to so many tokens run as graphs on a GPU."""
 
 ID_BITS = 11
-"""A routed word is ``(step + 1) << ID_BITS | (expert + 1)``: one store tells the host the expert and that it is this step's."""
+"""A routed word is ``(step + 1) << ID_BITS | (expert + 1)``: one store says which expert, and that it is this step's."""
 
 RING_ROWS = 1024
 """Rows of slot ids that the host may be ahead of the GPU: far more than one layer's."""
@@ -84,7 +84,7 @@ class SlotPool:
 
 
 class ReplayDecoder:
-    """Decoder of `shape` for the steps of `inputs`, reading experts from `pool`; `real.executor.Decoder` says what it offers."""
+    """Decoder of `shape` for the steps of `inputs`, whose experts lie in `pool`; a `real.executor.Decoder`."""
 
     def __init__(
         self,
@@ -102,7 +102,9 @@ class ReplayDecoder:
         steps, most = inputs.positions.shape
         entries = most * shape.top_k
         if max(shape.experts, 1) >= 1 << ID_BITS or steps >= 1 << (31 - ID_BITS):
-            raise InputError(f"{shape.experts} experts in {steps} steps: at most {(1 << ID_BITS) - 1} and {(1 << 31 - ID_BITS) - 1} fit")
+            raise InputError(
+                f"{shape.experts} experts in {steps} steps: at most {(1 << ID_BITS) - 1} and {(1 << 31 - ID_BITS) - 1} fit"
+            )
 
         def on_device(array: Any, dtype: Any) -> Any:
             return torch.as_tensor(array, dtype=dtype).to(where)
@@ -212,7 +214,8 @@ class ReplayDecoder:
             self._graphs["experts", 0, self._count].replay()
             return
         groups = [
-            (slot, [place for place, expert in enumerate(self._routed) if first_key + expert == key]) for key, slot in slots.items()
+            (slot, [place for place, expert in enumerate(self._routed) if first_key + expert == key])
+            for key, slot in slots.items()
         ]
         if groups:
             self.device.submit(COMPUTE, self._plain_experts(groups))
@@ -251,7 +254,7 @@ class ReplayDecoder:
         self._x[:count] = self.weights.embedding[self._token_ids.index_select(0, self._step)[0, :count]]
 
     def _attend(self, layer: int, count: int, segments: list[Segment] | None) -> None:
-        """Add the experts of the layer before, attend, and route; `segments` are needed where a request has several tokens."""
+        """Add the experts of the layer before, attend, route; `segments` must be there if a request has several tokens."""
         weights, shape = self.weights, self.shape
         if layer:
             self._add_experts(count)

@@ -1,8 +1,7 @@
 """Streams and events of a device, as the executor uses them: the same calls on a GPU and on the CPU stand-in.
 
-Work is submitted to one of two streams and runs there in order. A **ticket** is a mark in a stream: a whole number that grows
-with every mark, so that a ticket that is done says that everything before it in its stream is done too. Ticket 0 is always
-done.
+Work is submitted to one of two streams and runs there in order. A **ticket** is a place in a stream: a whole number that
+grows, so that a ticket that is done says that everything before it in its stream is done too. Ticket 0 is always done.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The executor: the host thread of expert offloading, driving the same policies as the simulator on a real device.
 
-It does at every (step, layer) what `sim.reference` does in simulated time, in the same order and the same words; `docs/real.md`
-says where hardware makes a difference. What computes is a `Decoder`; what moves bytes is the `Pump`.
+At every (step, layer) it does what `sim.reference` does in simulated time, in the same order and the same words;
+`docs/real.md` says where hardware makes a difference. What computes is a `Decoder`; what moves bytes is the `Pump`.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Outcome(NamedTuple):
 class Executor:
     """One run of a freshly built `system` of which `seen(step, layer, event)` tells what a policy sees.
 
-    `copy(key, slot, start, stop)` moves those bytes of an expert into a slot. Decisions are appended to `log`, if one is given,
-    as tuples (ns, what, key, event) in the words of the simulators' log.
+    `copy(key, slot, start, stop)` moves those bytes of an expert into a slot. Decisions are appended to `log`, if one is
+    given, as tuples (ns, what, key, event) in the words of the simulators' log.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class Executor:
         self.expert_bytes = expert_bytes
         self._copy_bytes = copy
         self.residency = Residency(system.eviction, system.setting)
-        self.link = Pump(device, expert_bytes, chunk_bytes, window_bytes, self._start_transfer, self._copy, self._transfer_landed)
+        self.link = Pump(
+            device, expert_bytes, chunk_bytes, window_bytes, self._start_transfer, self._copy, self._transfer_landed
+        )
         self.transfers: dict[int, Transfer] = {}
         """Transfers queued or in flight, by key."""
         self.slot_of: dict[int, int] = {}
@@ -198,7 +200,9 @@ class Executor:
             self._feed()
             looks += 1
             if looks % 65536 == 0 and time.perf_counter_ns() - self.timeline.issued_ns > SILENT_S * 1e9:
-                raise InputError(f"the gate of layer {layer} in step {step} gave no result within {SILENT_S:.0f} s: the device is lost")
+                raise InputError(
+                    f"the gate of layer {layer} in step {step} gave no result within {SILENT_S:.0f} s: the device is lost"
+                )
         return routed
 
     def _feed(self) -> None:
@@ -471,7 +475,7 @@ class Executor:
             self._note("evict", key)
 
     def _give_up(self, transfer: Transfer) -> None:
-        """Drop a transfer that nobody waits for; one that is partly there gives its slot back and has moved bytes for nothing."""
+        """Drop a transfer that nobody waits for; one that is partly there gives its slot back, its bytes were wasted."""
         del self.transfers[transfer.key]
         self.cancelled += 1
         if self.log is not None:

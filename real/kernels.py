@@ -11,11 +11,22 @@ import triton
 import triton.language as tl
 
 ID_BITS = 11
-"""A routed word is ``(step + 1) << ID_BITS | (expert + 1)``: one store tells the host the expert and that it is this step's."""
+"""A routed word is ``(step + 1) << ID_BITS | (expert + 1)``: one store says which expert, and that it is this step's."""
 
 
 @triton.jit
-def _route(logits, forced, step, gate, words, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _route(
+    logits,
+    forced,
+    step,
+    gate,
+    words,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+):
     token = tl.program_id(0)
     now = tl.load(step).to(tl.int32)
     expert_ids = tl.arange(0, BLOCK)
@@ -30,7 +41,7 @@ def _route(logits, forced, step, gate, words, E: tl.constexpr, K: tl.constexpr, 
 
 
 @triton.jit
-def _take_row(ring, turn, slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr):  # type: ignore[no-untyped-def]
+def _take_row(ring, turn, slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr):
     now = tl.load(turn)
     places = tl.arange(0, BLOCK)
     row = tl.load(ring + (now % RING) * WIDTH + places, mask=places < WIDTH, other=-1)
@@ -39,13 +50,24 @@ def _take_row(ring, turn, slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RING:
 
 
 @triton.jit
-def _take_list(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _take_list(source, target, count, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + places, tl.load(source + places, mask=places < count, other=0).to(tl.int64), mask=places < count)
 
 
 @triton.jit
-def _gate_up(hidden, pool, slots, activation, SLOT: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate_up(
+    hidden,
+    pool,
+    slots,
+    activation,
+    SLOT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     entry = tl.program_id(0)
     slot = tl.load(slots + entry).to(tl.int64)
     if slot >= 0:
@@ -67,7 +89,17 @@ def _gate_up(hidden, pool, slots, activation, SLOT: tl.constexpr, H: tl.constexp
 
 
 @triton.jit
-def _down(activation, pool, slots, output, SLOT: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _down(
+    activation,
+    pool,
+    slots,
+    output,
+    SLOT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     entry = tl.program_id(0)
     slot = tl.load(slots + entry).to(tl.int64)
     if slot >= 0:
@@ -79,7 +111,9 @@ def _down(activation, pool, slots, output, SLOT: tl.constexpr, H: tl.constexpr, 
             columns = start + tl.arange(0, BLOCK)
             some = columns < W
             x = tl.load(activation + entry * W + columns, mask=some, other=0.0)[None, :]
-            total += tl.load(down_rows + columns[None, :], mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32) * x
+            total += (
+                tl.load(down_rows + columns[None, :], mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32) * x
+            )
         tl.store(output + entry * H + rows, tl.sum(total, 1), mask=inside)
 
 
@@ -90,7 +124,17 @@ def route(logits: Any, forced: Any, step: Any, gate: Any, words: Any, top_k: int
     """
     tokens, experts = logits.shape
     _route[(tokens,)](
-        logits, forced, step, gate, words, experts, top_k, forced.shape[1], triton.next_power_of_2(experts), ID_BITS, num_warps=1
+        logits,
+        forced,
+        step,
+        gate,
+        words,
+        experts,
+        top_k,
+        forced.shape[1],
+        triton.next_power_of_2(experts),
+        ID_BITS,
+        num_warps=1,
     )
 
 
@@ -106,7 +150,7 @@ def take_list(source: Any, target: Any, count: int) -> None:
 
 
 def experts_by_slot(hidden: Any, pool: Any, slots: Any, activation: Any, output: Any, top_k: int) -> None:
-    """Compute ``output[e] = down(silu(gate(x)) * up(x))`` of the expert in slot ``slots[e]``; entries of slot -1 are left alone.
+    """Compute ``output[e] = down(silu(gate(x)) * up(x))`` with the expert in slot ``slots[e]``; -1 leaves an entry alone.
 
     x is ``hidden[e // top_k]``. Shapes: hidden [n, H] and pool [slots, elements of a slot] bf16, slots [n * K] int32,
     activation [n * K, W] and output [n * K, H] fp32.
@@ -114,5 +158,7 @@ def experts_by_slot(hidden: Any, pool: Any, slots: Any, activation: Any, output:
     entries, width = activation.shape
     size = hidden.shape[1]
     shape = {"SLOT": pool.shape[1], "H": size, "W": width}
-    _gate_up[(entries, triton.cdiv(width, 8))](hidden, pool, slots, activation, **shape, K=top_k, ROWS=8, BLOCK=512, num_warps=4)
+    _gate_up[(entries, triton.cdiv(width, 8))](
+        hidden, pool, slots, activation, **shape, K=top_k, ROWS=8, BLOCK=512, num_warps=4
+    )
     _down[(entries, triton.cdiv(size, 8))](activation, pool, slots, output, **shape, ROWS=8, BLOCK=512, num_warps=4)

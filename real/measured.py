@@ -310,10 +310,12 @@ def from_replay(
 
     Raises InputError where the result is not of this cell.
     """
-    same = {"cell": "name", "slots": "slots", "warmup": "warmup", "timed": "steps", "marked": "marked"}
+    same = {"cell": "name", "warmup": "warmup", "timed": "steps", "marked": "marked"}
     for of_row, of_cell in same.items():
         if row[of_row] != cell[of_cell]:
             raise InputError(f"the result of '{row['cell']}' has {of_row} {row[of_row]!r}, its cell {cell[of_cell]!r}")
+    if row["slots"] > cell["slots"]:  # an allocation may hand out fewer
+        raise InputError(f"the result of '{row['cell']}' has {row['slots']} slots, its cell {cell['slots']}")
     if dict(row["model"]) != dict(cell["model"]) or row["system"] != cell["system"]["name"]:
         raise InputError(f"the result of '{row['cell']}' is of another model or system than its cell")
     if row["decisions_digest"] != decisions_digest(log):
@@ -336,13 +338,16 @@ def from_replay(
     )
 
 
+_LOG_COLUMNS = ("ns", "what", "key", "event")
+
+
 def replay_results(folder: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Log]]:
     """Give row and log of every cell that `real.replay` finished in `folder`. Raises InputError where it finished none."""
     folder = Path(folder)
     try:
         rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         with gzip.open(folder / "decisions.jsonl.gz", "rt") as file:
-            logs = {entry["cell"]: entry["log"] for entry in map(json.loads, file)}
+            logs = {entry["cell"]: [entry[name] for name in _LOG_COLUMNS] for entry in map(json.loads, file)}
     except OSError as error:
         raise InputError(f"{error.filename or folder}: {error.strerror or 'cannot be read'}") from error
     except (ValueError, EOFError, KeyError) as error:
@@ -353,7 +358,7 @@ def replay_results(folder: str | os.PathLike[str]) -> Iterator[tuple[dict[str, A
     for name, row in done.items():
         if name not in logs:
             raise InputError(f"{folder}: the decisions of '{name}' are missing")
-        yield row, [tuple(entry) for entry in logs[name]]
+        yield row, list(zip(*logs[name], strict=True))
 
 
 def _finite(value: float | None) -> float | None:

@@ -160,7 +160,8 @@ class _Pricing:
             raise InputError(f"the log judges other experts than event {event} of this workload needs")
         self.computed += sum(takes.values())
         link.paused = [move for move in link.paused if move.cancelled > event]
-        compute, at = issued + sum(takes[key] for key in present), known
+        at = known
+        compute: int = issued + sum(takes[key] for key in present)
         starts = iter([*self.started[event], None])
         following = next(starts)
         for number, wave in enumerate(self._waves(event, present, late, absent)):

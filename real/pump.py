@@ -39,8 +39,8 @@ class Pump:
     """Feeds the copy stream of `device` with experts of `expert_bytes` in copies of at most `chunk_bytes`.
 
     `start(transfer)` is asked when the first chunk is about to go; it reserves the slot and returns whether there is one (a
-    demand always gets one). `copy(transfer, start, stop)` submits the copy of those bytes. `landed(transfer)` is told when the
-    host finds out that the last chunk arrived.
+    demand always gets one). `copy(transfer, start, stop)` submits the copy of those bytes. `landed(transfer)` is told when
+    the host finds out that the last chunk arrived.
     """
 
     def __init__(

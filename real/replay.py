@@ -1,7 +1,7 @@
 """Replay recorded routing on a GPU, cell by cell: ``python -m real.replay CELLS.json --out DIR``.
 
-A cell is one system on one trace, shape and number of slots, made where the configuration is (`real.cells`) and run where the
-GPU is; nothing of the command line is imported. Every cell's result is written as soon as there is one.
+A cell is one system on one trace, shape and number of slots, made where the configuration is (`real.cells`) and run where
+the GPU is; nothing of the command line is imported. Every cell's result is written as soon as there is one.
 """
 
 from __future__ import annotations
@@ -106,10 +106,13 @@ class Model:
 
     def __init__(self, shape: ModelShape, where: str, seed: int = 0) -> None:
         self.shape, self.where = shape, where
-        register = unregister = None
-        if where != "cpu":
-            from real.cuda import register, unregister
-        self.slab = HostSlab(shape.layers * shape.experts, shape.expert_bytes, register, unregister)
+        experts = shape.layers * shape.experts
+        if where == "cpu":
+            self.slab = HostSlab(experts, shape.expert_bytes)
+        else:
+            from real import cuda
+
+            self.slab = HostSlab(experts, shape.expert_bytes, cuda.register, cuda.unregister)
         try:
             self.slab.fill(seed)
             self.weights = Weights(shape, where, seed)
@@ -139,8 +142,8 @@ class Measured:
 def run_cell(cell: Cell, model: Model, device: Device | None = None) -> Measured:
     """Run one cell. `device` is by default the GPU, or on a machine without one a stand-in that runs all at once.
 
-    Raises InputError where memory does not suffice, a copy fails or the device is lost; whatever happens, nothing of the cell
-    stays allocated.
+    Raises InputError where memory does not suffice, a copy fails or the device is lost; whatever happens, nothing of the
+    cell stays allocated.
     """
     workload = make_workload(load_trace(cell.trace), **cell.workload)
     total = cell.warmup + cell.steps + cell.marked
@@ -350,7 +353,8 @@ def _check_room(size: int, where: str) -> None:
     free, _ = torch.cuda.mem_get_info()
     if size > free:
         raise InputError(
-            f"the GPU's memory does not suffice: the slots need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; lower the budget"
+            f"the GPU's memory does not suffice: the slots need {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; "
+            "lower the budget"
         )
 
 
@@ -364,7 +368,7 @@ def _peak_bytes(where: str) -> int:
 def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> int:
     """Run cells until the time is up and write each one's result at once; return how many failed.
 
-    ``results.jsonl`` gets a row per cell, ``decisions.jsonl.gz`` its log and ``stamps.jsonl.gz`` host stamps and device marks.
+    ``results.jsonl`` gets a row per cell, ``decisions.jsonl.gz`` its log, ``stamps.jsonl.gz`` host stamps and device marks.
     """
     end = time.monotonic() + minutes * 60
     out.mkdir(parents=True, exist_ok=True)
@@ -373,7 +377,7 @@ def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> in
     try:
         for cell in cells:
             if time.monotonic() > end:
-                print(f"time is up: {cell.name} and what follows did not run", flush=True)  # noqa: T201
+                print(f"time is up: {cell.name} and what follows did not run", flush=True)
                 break
             began = time.monotonic()
             try:
@@ -381,14 +385,15 @@ def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> in
                     if model is not None:
                         model.close()
                         model = None
-                    model = Model(cell.shape, where)
+                    with _device_errors(cell):
+                        model = Model(cell.shape, where)
                 measured = run_cell(cell, model)
                 write_result(out, cell, measured)
-                print(line(measured.row, time.monotonic() - began), flush=True)  # noqa: T201
+                print(line(measured.row, time.monotonic() - began), flush=True)
             except InputError as error:
                 failed += 1
                 _append(out / "results.jsonl", {"cell": cell.name, "error": str(error)})
-                print(f"{cell.name}: {error}", flush=True)  # noqa: T201
+                print(f"{cell.name}: {error}", flush=True)
     finally:
         if model is not None:
             model.close()
@@ -398,17 +403,17 @@ def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> in
 def write_result(out: Path, cell: Cell, measured: Measured) -> None:
     """Append a cell's row, log and times to the files in `out`."""
     _append(out / "results.jsonl", measured.row)
-    with gzip.open(out / "decisions.jsonl.gz", "at") as file:
-        file.write(json.dumps({"cell": cell.name, "log": measured.log}) + "\n")
     timeline = measured.timeline
+    ns, what, key, event = (list(column) for column in zip(*measured.log, strict=True)) if measured.log else ([], [], [], [])
+    log = {"cell": cell.name, "ns": ns, "what": what, "key": key, "event": event}
+    _append_packed(out / "decisions.jsonl.gz", log)
     times = {
         "cell": cell.name,
         "stamps": timeline.stamps.tolist(),
         "marks": timeline.device_marks().tolist(),
         "copies": timeline.copy_marks().tolist(),
     }
-    with gzip.open(out / "stamps.jsonl.gz", "at") as file:
-        file.write(json.dumps(times) + "\n")
+    _append_packed(out / "stamps.jsonl.gz", times)
 
 
 def line(row: Mapping[str, Any], seconds: float) -> str:
@@ -420,12 +425,18 @@ def line(row: Mapping[str, Any], seconds: float) -> str:
     return (
         f"{row['cell']:44} {row['step_ns_mean'] / 1e6:7.2f} ms a step (median {row['step_ns_median'] / 1e6:.2f}), marked: "
         f"compute/wait/host {parts} ms; hits/late/misses {experts}; link {row.get('copy_efficiency', float('nan')):.1%} of "
-        f"{row['link_bytes_per_s'] / 1e9:.1f} GB/s; host us a layer: {host}; {row['peak_device_bytes'] / 1e9:.2f} GB; {seconds:.1f} s"
+        f"{row['link_bytes_per_s'] / 1e9:.1f} GB/s; host us a layer: {host}; {row['peak_device_bytes'] / 1e9:.2f} GB; "
+        f"{seconds:.1f} s"
     )
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _append_packed(path: Path, row: Mapping[str, Any]) -> None:
+    with gzip.open(path, "at", compresslevel=6) as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -439,13 +450,15 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.where == "cuda" and not torch.cuda.is_available():
-            raise InputError("there is no GPU that torch can use; --where cpu runs the same code on a stand-in, which times nothing")
+            raise InputError(
+                "there is no GPU that torch can use; --where cpu runs the same code on a stand-in, which times nothing"
+            )
         return 1 if run_cells(read_cells(chosen.cells), chosen.out, where=chosen.where, minutes=chosen.minutes) else 0
     except InputError as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the results of all cells that were complete are written", file=sys.stderr)  # noqa: T201
+        print("interrupted; the results of all cells that were complete are written", file=sys.stderr)
         return 130
 
 

@@ -5,6 +5,7 @@ Plain Python and NumPy, since a machine with a GPU need not have what the compil
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def replay_inputs(workload: Workload, steps: int | None = None) -> ReplayInputs:
         segments.append(
             [
                 Segment(start, stop, lane_of[step][request[start]], int(positions[step, stop - 1]) + 1)
-                for start, stop in zip(starts, starts[1:], strict=False)
+                for start, stop in pairwise(starts)
             ]
         )
     return ReplayInputs(tokens, positions, lanes, forced, segments, int(lanes.max()) + 1, int(positions.max()) + 1)
@@ -93,8 +94,10 @@ def _lanes(workload: Workload, steps: int) -> list[dict[int, int]]:
 def plain_events(workload: Workload) -> Events:
     """Return `Workload.events`, without compiled code."""
     trace, expert_count = workload.trace, workload.trace.model.experts
-    offsets, keys, tokens = [0], [], []
-    for start, stop in zip(workload.offsets.tolist(), workload.offsets[1:].tolist(), strict=False):
+    offsets = [0]
+    keys: list[int] = []
+    tokens: list[int] = []
+    for start, stop in pairwise(workload.offsets.tolist()):
         routed = trace.experts[workload.rows[start:stop]]
         for layer in range(trace.model.layers):
             uses: dict[int, int] = {}

@@ -87,7 +87,8 @@ class Schedule:
         slot = self._slots.setdefault(number, _Slot())
         if slot.key != key or slot.filled < self.expert_bytes:
             raise HazardError(
-                f"slot {number} is read for expert {key}, but holds {slot.filled} of {self.expert_bytes} bytes of expert {slot.key}"
+                f"slot {number} is read for expert {key}, but holds {slot.filled} of {self.expert_bytes} bytes of expert "
+                f"{slot.key}"
             )
         wrote, position = slot.written
         if position > before[wrote]:
@@ -103,7 +104,9 @@ class Schedule:
         if position > before[wrote]:
             raise HazardError(f"slot {write.slot} is overwritten with expert {write.key} while it is being written")
         if write.start not in (0, slot.filled) or (write.start and slot.key != write.key):
-            raise HazardError(f"slot {write.slot} gets byte {write.start} of expert {write.key} after {slot.filled} of {slot.key}")
+            raise HazardError(
+                f"slot {write.slot} gets byte {write.start} of expert {write.key} after {slot.filled} of {slot.key}"
+            )
         slot.key, slot.filled = write.key, write.stop
         slot.written = (stream, self._position[stream])
         self.writes += 1

@@ -41,10 +41,10 @@ def run(where: str) -> list[str]:
             for name, check in _checks(path, model):
                 try:
                     check()
-                    print(f"self-test: {name}: as it must be", flush=True)  # noqa: T201
+                    print(f"self-test: {name}: as it must be", flush=True)
                 except Exception as error:  # every check is to run, whatever the one before ran into
                     wrong.append(f"{name}: {type(error).__name__}: {error}")
-                    print(f"self-test: {wrong[-1]}", flush=True)  # noqa: T201
+                    print(f"self-test: {wrong[-1]}", flush=True)
         finally:
             model.close()
     return wrong
@@ -58,7 +58,10 @@ def _checks(path: Path, model: Model) -> Iterator[tuple[str, Callable[[], None]]
     cell = _cell(path, _systems()[0][0], 12, "one_request", 1, "all")
     yield "the same twice", lambda: _same(run_cell(cell, model), run_cell(cell, model))
     if model.where != "cpu":
-        yield "more slots than the GPU's memory holds", lambda: _refuses(model, replace(cell, slots=10**9), "memory does not suffice")
+        yield (
+            "more slots than the GPU's memory holds",
+            lambda: _refuses(model, replace(cell, slots=10**9), "memory does not suffice"),
+        )
         yield "host memory that cannot be registered", _refuses_registration
         yield "a copy that fails", lambda: _copy_fails(cell, model)
     yield "an interrupted run", lambda: _interrupted(cell, model)
@@ -78,7 +81,9 @@ def _equals_resident(cell: Cell, model: Model) -> None:
 
 def _same(one: Measured, two: Measured) -> None:
     differing = np.flatnonzero(one.checksums != two.checksums)
-    assert len(differing) == 0, f"the output differs from step {differing[0]} on, in {len(differing)} of {len(one.checksums)} steps"
+    assert len(differing) == 0, (
+        f"the output differs from step {differing[0]} on, in {len(differing)} of {len(one.checksums)} steps"
+    )
     assert (one.chosen == two.chosen).all(), "tokens differ"
 
 
@@ -217,7 +222,12 @@ def _systems() -> list[tuple[dict[str, Any], int]]:
         system("transient", 3, allocation={"_target_": "policies.allocation.transient.Transient"}),
         system("next_gate", 14, **predicted),
         (system("next_gate, spoilt by use", 14, **predicted)[0] | {"reupload_after_use": True}, 14),
-        system("oracle", 20, predictor={"_target_": "policies.predictor.oracle.Oracle"}, prefetch=predicted["prefetch"] | {"depth": 3}),
+        system(
+            "oracle",
+            20,
+            predictor={"_target_": "policies.predictor.oracle.Oracle"},
+            prefetch=predicted["prefetch"] | {"depth": 3},
+        ),
     ]
 
 
@@ -245,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m real.selftest", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
     wrong = run(parser.parse_args(arguments).where)
-    print(f"self-test: {len(wrong)} checks failed" if wrong else "self-test: all is as it must be")  # noqa: T201
+    print(f"self-test: {len(wrong)} checks failed" if wrong else "self-test: all is as it must be")
     return len(wrong)
 
 

@@ -25,8 +25,8 @@ class HostSlab:
     """Experts in host memory, `blocks` [experts, slot_bytes] uint8, one contiguous block each.
 
     The memory is plain (pinned allocators round up to powers of two) and `register(address, size)` makes the driver know it,
-    `unregister(address)` undoes that. Raises InputError where there is not enough memory; whatever was registered until then is
-    released.
+    `unregister(address)` undoes that. Raises InputError where there is not enough memory; whatever was registered until
+    then is released.
     """
 
     def __init__(

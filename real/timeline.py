@@ -1,13 +1,13 @@
 """When everything happened: host stamps always, device marks where asked for; nothing here waits for the device.
 
-A host stamp costs a tenth of a microsecond, a device mark some microseconds of host time, so marks can be left out to see what
-they cost. `summary` turns both into the terms of the memory model (docs/model.md).
+A host stamp costs a tenth of a microsecond, a device mark some microseconds of host time, so marks can be left out to see
+what they cost. `Timeline.device_times` turns them into the terms of the memory model (docs/model.md).
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,8 @@ STAMPS = ("begin", "gate_issued", "routed", "decided", "experts_issued")
 decided and fed the link; has issued the experts."""
 
 MARKS = ("attention", "gate", "wait", "start", "end", "head", "step_end", "copy_start", "copy_end")
-"""Places in a stream: before attention and after the gate; before the compute stream waits for a transfer; before and after a
-group of experts; before and after the head; before and after a copy."""
+"""Places in a stream: before attention and after the gate; before the compute stream waits for a transfer; before and after
+a group of experts; before and after the head; before and after a copy."""
 
 _ATTENTION, _GATE, _WAIT, _START, _END, _HEAD, _STEP_END, _COPY_START, _COPY_END = range(len(MARKS))
 

@@ -40,6 +40,7 @@ USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
+  validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
   calibrate               measure this machine and write its hardware profile
   trace import FILE       another program's recording into a trace file
   trace inspect [FILE]    what a trace's routing is like
@@ -48,7 +49,8 @@ USAGE = """foregate VERB [overrides]
 
 Overrides choose (trace=, workload=, hardware=, model=, system=, budget=), swap one part of a system (predictor=, prefetch=,
 eviction=, allocation=, miss=) or set a value (prefetch.depth=2). `foregate VERB --cfg` prints the resulting configuration;
---config-dir DIR adds options of your own; --json prints JSON instead of tables (compare, trace inspect).
+--config-dir DIR adds options of your own; --json prints JSON instead of tables (compare, validate, trace
+inspect).
 """
 
 
@@ -210,6 +212,21 @@ def _trace_synthesize(words: list[str]) -> int:
     return 0
 
 
+def _validate(words: list[str]) -> int:
+    from real.validate import print_reports, reports_dict, validate
+
+    overrides, config_dir = _options("validate", words)
+    if overrides is None:
+        return 0
+    reports, hardware, timeline = validate(overrides, config_dir)
+    if "json=true" in overrides:
+        print(json.dumps(reports_dict(reports), indent=1))  # noqa: T201
+    else:
+        print_reports(_out(), reports, hardware)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"timeline: {timeline}", markup=False)
+    return 0
+
+
 def _calibrate(words: list[str]) -> int:
     config = _settings("calibrate", words, "out")
     if config is None:
@@ -254,6 +271,7 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
+    "validate": _validate,
     "calibrate": _calibrate,
     "trace import": _trace_import,
     "trace inspect": _trace_inspect,

@@ -51,7 +51,9 @@ class Lookers:
         self.device.submit(COPY, move)
 
 
-def offload(composition, workload, slots, *, pace="random", copies=None, seed=0, chunk=3, window=6, one_by_one=True, **options):
+def offload(
+    composition, workload, slots, *, pace="random", copies=None, seed=0, chunk=3, window=6, one_by_one=True, **options
+):
     """Run a system on the stand-in with the schedule proved; return executor, decoder and log."""
     device = StandIn(pace, copies=copies, seed=seed, schedule=Schedule(EXPERT_BYTES), **options)
     system = build(composition, workload, slots)

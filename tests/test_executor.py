@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from offloading import EXPERT_BYTES, offload
 from test_engines_agree import AXES, cases, composition
 
-from real.device import COMPUTE, COPY
+from real.device import COMPUTE, COPY, Device
 from real.schedule import HazardError, Schedule, SlotRead, SlotWrite
-from real.standin import PACES
+from real.standin import PACES, StandIn
 from sim.conformance import build, costs_for, small_trace
 from sim.reference import run_reference
 from sim.workload import make_workload
@@ -31,7 +31,7 @@ def test_any_system_on_any_routing_at_any_timing(data):
     """The checker is on; besides, every expert reads its own bytes, each exactly once per event, and counts add up."""
     case = data.draw(cases())
     pace, copies = data.draw(st.sampled_from(PACES)), data.draw(st.sampled_from(PACES))
-    executor, lookers, log = offload(
+    executor, lookers, _ = offload(
         case.composition,
         case.workload,
         case.slots,
@@ -45,7 +45,9 @@ def test_any_system_on_any_routing_at_any_timing(data):
     assert all(contents == [key] * EXPERT_BYTES for _, key, contents in lookers.used)
     events = case.workload.events
     computed = sorted((event, key) for event, key, _ in lookers.used)
-    needed = [(event, key) for event in range(events.total) for key in events.keys[slice(*events.offsets[event : event + 2])]]
+    needed = [
+        (event, key) for event in range(events.total) for key in events.keys[slice(*events.offsets[event : event + 2])]
+    ]
     assert computed == sorted(needed)
     outcome = executor.outcome()
     assert outcome.hits.sum() + outcome.late_hits.sum() + outcome.misses.sum() == len(needed)
@@ -59,10 +61,10 @@ def test_any_system_on_any_routing_at_any_timing(data):
 
 def forget(monkeypatch, stream):
     """Let the executor forget the waits of one stream."""
-    from real.device import Device
-
     right = Device.wait
-    monkeypatch.setattr(Device, "wait", lambda self, waiting, on, ticket: waiting == stream or right(self, waiting, on, ticket))
+    monkeypatch.setattr(
+        Device, "wait", lambda self, waiting, on, ticket: waiting == stream or right(self, waiting, on, ticket)
+    )
 
 
 def test_a_read_that_does_not_wait_for_its_transfer_is_a_hazard(monkeypatch):
@@ -115,7 +117,8 @@ def test_a_prefetch_that_lands_in_time_is_a_hit_and_one_in_flight_a_late_hit():
     tried = composition(predictor="oracle", prefetch="top_n")
     workload = make_workload(make_trace([[[0], [1]]]))
     what = {
-        pace: [what for _, what, key, _ in offload(tried, workload, 2, pace=pace)[2] if key == 3] for pace in ("eager", "lazy")
+        pace: [what for _, what, key, _ in offload(tried, workload, 2, pace=pace)[2] if key == 3]
+        for pace in ("eager", "lazy")
     }
     assert what == {"eager": ["prefetch", "landed", "hit"], "lazy": ["prefetch", "late_hit", "landed"]}
 
@@ -130,6 +133,4 @@ def test_a_copy_that_fails_ends_the_run_with_a_sentence():
 
 def test_waiting_for_what_was_never_submitted_is_a_defect():
     with pytest.raises(RuntimeError, match="never submitted"):
-        from real.standin import StandIn
-
         StandIn().idle()

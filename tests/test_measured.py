@@ -156,7 +156,8 @@ def test_a_cell_that_the_executor_ran_becomes_a_measured_run():
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("slots", 11, "the result of 'cell' has slots 11, its cell 10"),
+        ("slots", 11, "the result of 'cell' has 11 slots, its cell 10"),
+        ("warmup", 5, "the result of 'cell' has warmup 5, its cell 4"),
         ("system", "fifo", "the result of 'cell' is of another model or system than its cell"),
         ("decisions_digest", "0", "the decisions of 'cell' do not have the digest that its result states"),
     ],
@@ -173,6 +174,7 @@ def test_results_are_read_as_the_executor_writes_them(tmp_path):
     rows = [{"cell": "broken", "error": "no memory"}, replay_row()]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with gzip.open(tmp_path / "decisions.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"cell": "cell", "log": RUN.log}) + "\n")
+        columns = dict(zip(("ns", "what", "key", "event"), zip(*RUN.log, strict=True), strict=True))
+        file.write(json.dumps({"cell": "cell", **columns}) + "\n")
     ((row, log),) = replay_results(tmp_path)
     assert (row["cell"], log) == ("cell", RUN.log)

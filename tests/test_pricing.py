@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from test_plain_model import Case
 
-from real.pricing import by_event, price
+from real.pricing import price
 from sim.reference import run_reference
-from traces import InputError
 
 
 @pytest.mark.parametrize("part", range(2))

@@ -1,5 +1,7 @@
 """Replay on the CPU stand-in: outputs that no system changes, plain arrays that equal the simulator's, and the command."""
 
+# ruff: noqa: E402  # what must be there comes first
+
 import json
 import subprocess
 import sys
@@ -26,7 +28,14 @@ from traces.errors import InputError
 
 TRACE = small_trace()
 SHAPE = ModelShape(
-    TRACE.model.layers, TRACE.model.experts, TRACE.model.top_k, hidden=32, expert_width=16, shared_width=8, heads=2, vocabulary=50
+    TRACE.model.layers,
+    TRACE.model.experts,
+    TRACE.model.top_k,
+    hidden=32,
+    expert_width=16,
+    shared_width=8,
+    heads=2,
+    vocabulary=50,
 )
 ALL = SHAPE.layers * SHAPE.experts
 

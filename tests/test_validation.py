@@ -68,7 +68,7 @@ def test_a_link_that_is_slower_than_it_says_is_an_error_of_link_and_wait():
 
 
 def test_open_loop_prices_the_decisions_of_the_log_and_not_the_policy_s():
-    """Measured under FIFO; the cell that is simulated says LRU. Only the closed loop is off, and the first event is named."""
+    """Measured under FIFO; the cell that is simulated says LRU. Only the closed loop is off; the first event is named."""
     run = measured_on(MACHINE, cell_of(slots=8, parts=FIFO))
     report = compare_cell(run._replace(cell=cell_of(slots=8)), TRACE, MACHINE)
     assert report.open_loop.error == 0
@@ -160,9 +160,7 @@ def test_a_timeline_shows_both_runs_in_perfetto_s_format(tmp_path):
         (3500, "end", -1, 1),
         (4000, "hit", 9, 9),
     ]
-    write_chrome_trace(
-        tmp_path / "t.json.gz", {"measured": log, "simulated": log[:1]}, layers=2, experts=8, steps=range(0, 4)
-    )
+    write_chrome_trace(tmp_path / "t.json.gz", {"measured": log, "simulated": log[:1]}, layers=2, experts=8, steps=range(4))
     records = json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))["traceEvents"]
     assert [record["args"]["name"] for record in records if record["name"] == "process_name"] == ["measured", "simulated"]
     slices = [record for record in records if record["ph"] == "X"]
