@@ -1,4 +1,4 @@
-"""`foregate validate`: from the executor (on a stand-in), its results and stored runs to one report; ground truth is kept."""
+"""`foregate validate`: from the executor (on a stand-in), its results and stored runs to one report; ground truth stays."""
 
 import gzip
 import json
