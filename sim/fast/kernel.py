@@ -502,7 +502,6 @@ def _let_link_act(run: Any, until: Any) -> None:
             _give_way(run)
         else:
             run.busy_ns += run.time - run.moving_since
-            run.free_since = run.time
             key = run.moving
             run.moving = NOTHING
             _land(run, key, run.time)
@@ -512,7 +511,7 @@ def _let_link_act(run: Any, until: Any) -> None:
 @njit(forceinline=True)
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
-    starts, ns, compute, waited = run.time, run.time + _wake(run), run.compute, run.waited
+    ns, compute, waited, start_ns = run.time, run.compute, run.waited, _start_ns(run)
     places_at, experts_at, first_key = run.places_at, run.experts_at, run.first_key
     chunk_ns, last_chunk_ns = run.chunk_ns, run.last_chunk_ns
     for index in range(run.demands):
@@ -520,22 +519,23 @@ def _serve_demands(run: Any) -> None:
         key = demand.demand
         expert = record(experts_at, key, EXPERT)
         if expert.transfer != STARTED:
-            _start_transfer(run, key, starts)
-        ns += (transfer_of(run, key).chunks_left - 1) * chunk_ns + last_chunk_ns
+            _start_transfer(run, key, ns)
+        ns += start_ns + (transfer_of(run, key).chunks_left - 1) * chunk_ns + last_chunk_ns
+        start_ns = 0
         expert.transfer = NONE
         if expert.refresh:
             run.refresh_bytes += run.expert_bytes
         waited += max(ns - compute, 0)
         compute = max(ns, compute) + record(places_at, key - first_key, PLACE).takes
-        demand.landed_ns = starts = ns
+        demand.landed_ns = ns
     run.compute, run.waited = compute, waited
     if run.logging:
         for index in range(run.demands):
             _note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
     run.outstanding -= run.demands
     run.demands = 0
-    run.busy_ns += ns - run.moving_since
-    run.free_since = run.time = ns
+    run.busy_ns += ns - run.time
+    run.alarm_ns = run.time = ns
 
 
 @njit(forceinline=True)
@@ -549,17 +549,17 @@ def _serve_prefetch(run: Any) -> None:
             expert.transfer = STARTED
             run.moving = key
             run.alarm = END
-            run.alarm_ns = run.time + _wake(run) + (transfer_of(run, key).chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+            start_ns = _start_ns(run)
+            run.busy_ns += start_ns
+            run.moving_since = run.time + start_ns
+            run.alarm_ns = run.moving_since + (transfer_of(run, key).chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
             return
 
 
 @njit(forceinline=True)
-def _wake(run: Any) -> Any:
-    """Note that the link moves from now on; return what the first chunk takes longer if it was idle before."""
-    start_ns = 0 if run.free_since == run.time else run.link_start_ns
-    run.busy_ns += start_ns
-    run.moving_since = run.time + start_ns
-    return start_ns
+def _start_ns(run: Any) -> Any:
+    """Return what the first chunk takes longer if the link was idle; the last alarm was when it ended what it did before."""
+    return 0 if run.alarm_ns == run.time else run.link_start_ns
 
 
 @njit(forceinline=True)
@@ -587,7 +587,6 @@ def _give_way(run: Any) -> None:
         run.alarm_ns = run.time + (transfer.chunks_left - 1 - chunks) * run.chunk_ns + run.last_chunk_ns
         return
     run.busy_ns += elapsed
-    run.free_since = run.time
     transfer.chunks_left -= chunks
     run.moving = NOTHING
     if expert.refresh or transfer.target > run.now:

@@ -30,7 +30,7 @@ RUN = np.dtype(
             # and waits for
             *("release_ns", "held", "outstanding"),
             # link: the expert on it, the alarm that ends its turn, lengths of its lists, ends of the queue of prefetches
-            *("moving", "moving_since", "free_since", "alarm", "alarm_ns", "demands", "oldest", "newest", "busy_ns"),
+            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "oldest", "newest", "busy_ns"),
             # counters of the run, and of the running step
             *("prefetches", "cancelled", "predicted", "predicted_and_needed", "needed_after_prediction"),
             *("taken", "peak_slots", "demand_bytes", "useful_bytes", "late_bytes", "wasted_bytes", "refresh_bytes"),
