@@ -27,6 +27,9 @@ from traces.errors import InputError
 from traces.files import save_trace
 from traces.synthetic import synthesize
 
+LATE_COPY = 310
+"""A copy in the middle of a run: the link's rate is measured with 288 before it."""
+
 SHAPE = ModelShape(layers=4, experts=16, top_k=3, hidden=512, expert_width=384, shared_width=256, heads=4, vocabulary=1000)
 
 
@@ -131,7 +134,7 @@ def _copy_fails(cell: Cell, model: Model) -> None:
 
         def copy(self, target: int, source: int, size: int) -> None:
             self.copies += 1
-            super().copy(0 if self.copies == 20 else target, source, size)
+            super().copy(0 if self.copies == LATE_COPY else target, source, size)
 
     device = Broken()
     with _closing(device):
