@@ -150,7 +150,7 @@ def _copy_fails(cell: Cell, model: Model) -> None:
 
 
 def _interrupted(cell: Cell, model: Model) -> None:
-    """Interrupt a run at its hundredth kernel or graph; the next one gives what it would have given."""
+    """Interrupt a run in its thirtieth event; the next run gives what it gave before."""
     before = _allocated()
     expected = run_cell(cell, model)
     record, calls = Device.record, [0]
