@@ -26,7 +26,7 @@ class Cuda(Device):
         torch.cuda.synchronize()  # what was allocated and filled on other streams is there
         self._memcpy = _driver().cuMemcpyHtoDAsync_v2
         self._before = torch.cuda.current_stream()
-        self._streams = (torch.cuda.Stream(), torch.cuda.Stream())
+        self._streams = _streams()
         self._copy_stream: int = self._streams[COPY].cuda_stream
         torch.cuda.set_stream(self._streams[COMPUTE])
         self._ring = tuple([torch.cuda.Event() for _ in range(RING)] for _ in range(2))
@@ -87,6 +87,12 @@ def register(address: int, size: int) -> None:
 def unregister(address: int) -> None:
     """Undo `register`."""
     _driver().cuMemHostUnregister(ctypes.c_void_p(address))
+
+
+@cache
+def _streams() -> tuple[Any, Any]:
+    """Return the two streams of the process: libraries keep workspaces for every stream that they ever saw."""
+    return torch.cuda.Stream(), torch.cuda.Stream()
 
 
 @cache

@@ -126,6 +126,8 @@ class Executor:
         """Keys that the running event, or its last wave, holds until it ends."""
         self.end_ticket = 0
         """Of the running event's last expert; 0 before that is submitted, and once the event has ended."""
+        self.arrival_ticket = 0
+        """Of the last transfer that the compute stream was told to wait for."""
         self.unused: dict[int, Transfer] = {}
         """Prefetched experts that hold a slot and were not used yet, with the transfer that brings or brought them."""
         self.to_release: dict[int, list[int]] = {}
@@ -252,6 +254,7 @@ class Executor:
             self.device.wait(COMPUTE, COPY, group[-1].ticket)
             self.timeline.mark_start()
             self._compute(step, layer, [transfer.key for transfer in group])
+            self.arrival_ticket = group[-1].ticket
         self.end_ticket = ticket = self.device.record(COMPUTE)
         for key in (*resident, *(transfer.key for transfer in arriving)):
             self.last_use[self.slot_of[key]] = ticket
@@ -268,9 +271,14 @@ class Executor:
     def _end_wave(self, wave: list[int]) -> None:
         """Wait until a wave that is not the last is computed; its experts may leave then."""
         self.device.synchronize(COMPUTE, self.end_ticket)
-        self.link.poll()
+        self._note_arrivals()
         self.end_ticket = 0
         self.residency.hold(wave, FREE)
+
+    def _note_arrivals(self) -> None:
+        """Note that what computed experts had waited for has landed."""
+        self.device.saw(COPY, self.arrival_ticket)
+        self.link.poll()
 
     def _judge(self, step: int, union: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Split what the event needs into resident, in flight and absent, as it is when the event starts."""
@@ -338,7 +346,7 @@ class Executor:
     def _end_event(self) -> None:
         """Let go of what the event held, which is computed."""
         self.end_ticket = 0
-        self.link.poll()  # all that the event waited for has landed
+        self._note_arrivals()
         self.residency.hold(self.wave, FREE)
         for key in self.to_release.pop(self.now, ()):
             prefetch = self.unused.get(key)
@@ -398,11 +406,9 @@ class Executor:
         slot, key = transfer.slot, transfer.key
         if start == 0:
             self.device.wait(COPY, COMPUTE, self.last_use[slot])
-        self.timeline.mark_copy_start(self.now)
         if self.device.schedule is not None:
             self.device.schedule.submit(COPY, (), [SlotWrite(slot, key, start, stop)])
-        self._copy_bytes(key, slot, start, stop)
-        self.timeline.mark_copy_end(self.now, stop - start)
+        self.timeline.mark_copy(self.now, stop - start, transfer.demand, lambda: self._copy_bytes(key, slot, start, stop))
 
     def _start_transfer(self, transfer: Transfer) -> bool:
         """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""

@@ -187,7 +187,8 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     pool = SlotPool(shape, slots, where)
     link_rate = _link_rate(device, model, pool) if where != "cpu" else float("nan")
     decoder = ReplayDecoder(shape, model.weights, replay_inputs(workload, total), pool, device, where, cell.seed)
-    decoder.capture()
+    with _no_garbage_collection():  # which could free what a capture must not see freed
+        decoder.capture()
     slab, slot_bytes = model.slab, model.slab.slot_bytes
 
     def copy(key: int, slot: int, start: int, stop: int) -> None:

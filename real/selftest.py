@@ -27,6 +27,9 @@ from traces.errors import InputError
 from traces.files import save_trace
 from traces.synthetic import synthesize
 
+LATE_COPY = 310
+"""A copy in the middle of a run: the link's rate is measured with 288 before it."""
+
 SHAPE = ModelShape(layers=4, experts=16, top_k=3, hidden=512, expert_width=384, shared_width=256, heads=4, vocabulary=1000)
 
 
@@ -131,7 +134,7 @@ def _copy_fails(cell: Cell, model: Model) -> None:
 
         def copy(self, target: int, source: int, size: int) -> None:
             self.copies += 1
-            super().copy(0 if self.copies == 20 else target, source, size)
+            super().copy(0 if self.copies == LATE_COPY else target, source, size)
 
     device = Broken()
     with _closing(device):
@@ -147,7 +150,7 @@ def _copy_fails(cell: Cell, model: Model) -> None:
 
 
 def _interrupted(cell: Cell, model: Model) -> None:
-    """Interrupt a run at its hundredth kernel or graph; the next one gives what it would have given."""
+    """Interrupt a run in its thirtieth event; the next run gives what it gave before."""
     before = _allocated()
     expected = run_cell(cell, model)
     record, calls = Device.record, [0]

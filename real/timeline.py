@@ -7,6 +7,7 @@ what they cost. `Timeline.device_times` turns them into the terms of the memory 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,11 @@ STAMPS = ("begin", "gate_issued", "routed", "decided", "experts_issued")
 """Host stamps of every (step, layer): it begins to issue attention and gate; has issued them; knows the routed experts; has
 decided and fed the link; has issued the experts."""
 
-MARKS = ("attention", "gate", "wait", "start", "end", "head", "step_end", "copy_start", "copy_end")
-"""Places in a stream: before attention and after the gate; before the compute stream waits for a transfer; before and after
-a group of experts; before and after the head; before and after a copy."""
+MARKS = ("attention", "gate", "wait", "start", "end", "head", "step_end")
+"""Places in the compute stream: before attention and after the gate; before it waits for a transfer; before and after a
+group of experts; before and after the head."""
 
-_ATTENTION, _GATE, _WAIT, _START, _END, _HEAD, _STEP_END, _COPY_START, _COPY_END = range(len(MARKS))
+_ATTENTION, _GATE, _WAIT, _START, _END, _HEAD, _STEP_END = range(len(MARKS))
 
 
 class DeviceTimes(NamedTuple):
@@ -41,7 +42,7 @@ class DeviceTimes(NamedTuple):
     link_busy: Ints
     """Time the copy stream spent copying experts, by the step in which the copy was submitted."""
     burst_bytes_per_s: float
-    """Rate of the link while events with at least two transfers in a row were served; NaN where there was none."""
+    """Rate of the link while the demands of events with at least two were served; NaN where there was none."""
 
 
 class Timeline:
@@ -59,8 +60,8 @@ class Timeline:
         self._step_stamps: list[int] = []
         self._marks: list[tuple[int, int, int, int]] = []
         """(step, layer, kind, mark)"""
-        self._copies: list[tuple[int, int, int, int]] = []
-        """(event, kind, mark, bytes)"""
+        self._copies: list[tuple[int, int, int, int, int]] = []
+        """(event, bytes, whether a demand, mark before, mark after)"""
 
     # ---- while it runs ---------------------------------------------------------------------------------------
 
@@ -113,15 +114,14 @@ class Timeline:
         """A group of experts is computed."""
         self._mark(_END)
 
-    def mark_copy_start(self, event: int) -> None:
-        """A copy is about to start."""
-        if self.marks:
-            self._copies.append((event, _COPY_START, self.device.mark(COPY), 0))
-
-    def mark_copy_end(self, event: int, size: int) -> None:
-        """A copy of `size` bytes is complete."""
-        if self.marks:
-            self._copies.append((event, _COPY_END, self.device.mark(COPY), size))
+    def mark_copy(self, event: int, size: int, demand: bool, copy: Callable[[], None]) -> None:
+        """Submit a copy of `size` bytes during `event`, between two marks."""
+        if not self.marks:
+            copy()
+            return
+        before = self.device.mark(COPY)
+        copy()
+        self._copies.append((event, size, int(demand), before, self.device.mark(COPY)))
 
     def _mark(self, kind: int) -> None:
         if self.marks:
@@ -151,9 +151,10 @@ class Timeline:
         return np.array(rows, np.int64).reshape(-1, 4)
 
     def copy_marks(self) -> Ints:
-        """[marks, 4] event, index into `MARKS`, host-clock ns, bytes (at a copy's end)."""
-        rows = [(event, kind, self.device.mark_ns(mark), size) for event, kind, mark, size in self._copies]
-        return np.array(rows, np.int64).reshape(-1, 4)
+        """[copies, 5] event, bytes, whether a demand, host-clock ns before and after; in the order of the copy stream."""
+        ns = self.device.mark_ns
+        rows = [(event, size, demand, ns(before), ns(after)) for event, size, demand, before, after in self._copies]
+        return np.array(rows, np.int64).reshape(-1, 5)
 
     def device_times(self) -> DeviceTimes | None:
         """Return where the time of every marked step went; None where no marks were made."""
@@ -179,13 +180,12 @@ class Timeline:
 
     def _link(self, first: int, steps: int) -> tuple[Ints, float]:
         copies = self.copy_marks()
-        starts, ends = copies[copies[:, 1] == _COPY_START], copies[copies[:, 1] == _COPY_END]
-        step = np.maximum(starts[:, 0] // self.layers - first, 0)
-        busy = np.bincount(step, weights=ends[:, 2] - starts[:, 2], minlength=steps)[:steps].astype(np.int64)
+        step = np.maximum(copies[:, 0] // self.layers - first, 0)
+        busy = np.bincount(step, weights=copies[:, 4] - copies[:, 3], minlength=steps)[:steps].astype(np.int64)
         moved = spent = 0
-        for event in np.unique(starts[:, 0]):
-            of_event = starts[:, 0] == event
-            if of_event.sum() > 1:
-                moved += int(ends[of_event, 3].sum())
-                spent += int(ends[of_event, 2].max() - starts[of_event, 2].min())
+        for event in np.unique(copies[:, 0]):
+            train = copies[(copies[:, 0] == event) & (copies[:, 2] == 1)]
+            if len(train) > 1:
+                moved += int(train[:, 1].sum())
+                spent += int(train[-1, 4] - train[0, 3])
         return busy, moved / spent * 1e9 if spent else float("nan")

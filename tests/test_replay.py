@@ -188,3 +188,18 @@ for name in ("simpy", "hydra", "omegaconf", "platformdirs", "joblib"):
 import real.replay, real.standin, real.selftest
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_self_test_finds_nothing_wrong_and_would_say_so(trace_path, tmp_path):
+    from real import selftest
+
+    path = tmp_path / "routing.safetensors"
+    save_trace(selftest._routing(), path)
+    made = Model(selftest.SHAPE, "cpu")
+    checks = dict(selftest._checks(path, made))
+    checks["lru, continuous, batch 3, all"]()
+    checks["an interrupted run"]()
+    resident = selftest._cell(path, selftest._systems()[0][0], 64, "one_request", 1, "all")
+    with pytest.raises(AssertionError, match="nothing was missing"):
+        selftest._equals_resident(replace(resident, preload=True), made)
+    made.close()

@@ -42,8 +42,7 @@ def timeline():
     timeline.gate_issued()  # 37
     timeline.routed()
     for _ in range(2):
-        timeline.mark_copy_start(1)
-        timeline.mark_copy_end(1, 100)
+        timeline.mark_copy(1, 100, True, lambda: None)
     timeline.decided()
     timeline.mark_wait()  # 40
     timeline.mark_start()  # 45
