@@ -1,4 +1,5 @@
-# Two commands: `make compare` runs the main job, `make test` runs all checks. Both set up .venv first.
+# Two commands: `make compare` runs the main job, `make test` runs all checks (and installs a CPU torch for the recorder).
+# Both set up .venv first.
 .PHONY: compare test format bench clean
 
 PYTHON ?= python3
@@ -21,6 +22,7 @@ format: .venv/ready-for-tests
 bench: .venv/ready-for-tests
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.figure
+	$(BIN)/python -m benchmarks.tables
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "foregate needs Python 3.11 to 3.13; name one with make PYTHON=python3.12" >&2; exit 1; }
@@ -29,7 +31,7 @@ bench: .venv/ready-for-tests
 	touch $@
 
 .venv/ready-for-tests: .venv/ready
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,real]'
 	touch $@
 
 clean:

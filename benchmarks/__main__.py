@@ -28,9 +28,11 @@ from sim.curves import miss_curve
 from sim.experiment import costs_of, system_of, workload_of
 from sim.fast import run_fast
 from sim.reference import run_reference
-from traces import save_trace, synthesize
+from traces import import_trace, save_trace, synthesize
 
 HERE = Path(__file__).parent
+GPT_OSS = HERE.parents[1] / "shared" / "traces" / "gpt_oss_20b_decode.npz"
+"""A published recording, where it lies beside the project."""
 STANDARD = ["system=next_gate", "prefetch.n=4", "budget=0.25"]
 """The standard loop: 24 layers x 64 experts, top-6, the next layer's gate prefetches 4, global LRU at 25 %."""
 
@@ -65,8 +67,8 @@ def measure(folder: Path, repeats: int, scale: int) -> dict[str, Any]:
     found["replay_over_libcachesim"], found["replay_accesses_per_s"] = replays(repeats, 2_000_000 // scale)
     say("twenty capacities of ten million accesses")
     found["curve_seconds"] = curve_seconds(10_000_000 // scale)
-    say("the main job: every system at ten budgets on 5,000 tokens of gpt-oss-20b's shape")
-    found["compare_all_seconds"] = compare_all(folder, tokens=5000 // scale)
+    say("the main job: every system at ten budgets on 5,000 tokens of gpt-oss-20b")
+    found["compare_all_seconds"], found["compare_all_trace"] = compare_all(folder, tokens=5000 // scale)
     say("memory")
     found["peak_memory_over_trace"] = peak_memory(folder, tokens=100_000 // scale)
     say("a new process")
@@ -186,16 +188,22 @@ def curve_seconds(accesses: int) -> float:
     return time.process_time() - start
 
 
-def compare_all(folder: Path, tokens: int) -> float:
-    """Return the seconds of ``foregate compare`` of every system at ten budgets, after the first compilation."""
-    trace = generate(folder / "gpt_oss.safetensors", tokens=tokens, layers=24, experts=32, top_k=4, model="gpt_oss_20b")
+def compare_all(folder: Path, tokens: int) -> tuple[float, str]:
+    """Return the seconds of ``foregate compare`` of every system at ten budgets, once all is compiled, and of what."""
+    path = folder / "gpt_oss.safetensors"
+    if GPT_OSS.exists():
+        save_trace(import_trace(GPT_OSS, "plain_arrays"), path)
+        trace, what = [f"trace={path.absolute()}", f"trace.tokens={tokens}", "model=gpt_oss_20b"], "recorded"
+    else:
+        trace = generate(path, tokens=tokens, layers=24, experts=32, top_k=4, model="gpt_oss_20b")
+        what = "generated"
     budgets = "[0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6,0.7,0.8]"
     command = [sys.executable, "-m", "sim.cli", "compare", *trace, f"budget={budgets}"]
     for results in ("first", "second"):
         start = time.perf_counter()
         subprocess.run([*command, f"results={folder / results}"], check=True, capture_output=True)
         seconds = time.perf_counter() - start
-    return seconds
+    return seconds, f"{tokens:,} tokens of gpt-oss-20b's routing, {what}"
 
 
 def peak_memory(folder: Path, tokens: int) -> float:

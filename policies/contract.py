@@ -115,7 +115,8 @@ def numbers_matter(reason: str) -> Callable[[_Policy], _Policy]:
 class Seen(NamedTuple):
     """One event as a real system sees it, right after the router of its layer ran.
 
-    Arrays that the trace lacks have zero rows. Expert ids are -1 where a token used fewer than K.
+    The arrays are whoever runs the policy's own: a method reads them and keeps none.
+    Arrays that nobody declared to need have zero rows. Expert ids are -1 where a token used fewer than K.
     """
 
     event: int
@@ -124,7 +125,7 @@ class Seen(NamedTuple):
     experts: npt.NDArray[np.integer]
     """[n, K] routed experts of the n tokens, descending weight where the trace knows it (`Trace.ranked`)."""
     weights: npt.NDArray[np.floating]
-    """[n, K] their gate weights; all 0 where the trace has none."""
+    """[n, K] their gate weights."""
     request: npt.NDArray[np.integer]
     """[n] the request of each token."""
     lookahead_experts: npt.NDArray[np.integer]

@@ -15,17 +15,21 @@ from policies.contract import Ints
 
 Links = npt.NDArray[np.uint32]
 """Half as wide as other numbers of a policy, since what every access follows should stay in the processor's nearest cache,
-and without a sign, since compiled code looks at an index with a sign twice: it may count from the end."""
+and without a sign, since compiled code looks at an index with a sign twice: it may count from the end. Compare them or use
+them as an index; a difference of two would have no sign either in compiled code."""
+
+NOWHERE = 2**32 - 1
+"""No queue."""
 
 
 class Order(NamedTuple):
     """Doubly linked queues over `keys` expert keys; queue q has the sentinel node ``keys + q``."""
 
-    keys: int
+    keys: np.uint32 | int
     newer: Links
     older: Links
-    queue: npt.NDArray[np.int32]
-    """[keys] the queue that a key stands in, -1 for none."""
+    queue: Links
+    """[keys] the queue that a key stands in, or NOWHERE."""
     length: Ints
     """[queues] how many keys stand in each."""
 
@@ -33,13 +37,14 @@ class Order(NamedTuple):
 def make_order(keys: int, queues: int) -> Order:
     """Return `queues` empty queues over `keys` keys."""
     links = np.arange(keys + queues, dtype=np.uint32)
-    return Order(keys, links, links.copy(), np.full(keys, -1, np.int32), np.zeros(queues, np.int64))
+    # The number of keys has no sign either: sentinels are found with it.
+    return Order(np.uint32(keys), links, links.copy(), np.full(keys, NOWHERE, np.uint32), np.zeros(queues, np.int64))
 
 
 def with_lists(policy: Any) -> Any:
     """Return `policy` with the arrays of its queues as lists: what plain Python reads one at a time, three times faster."""
     if isinstance(policy, Order):
-        return Order(policy.keys, *(links.tolist() for links in policy[1:]))
+        return Order(int(policy.keys), *(links.tolist() for links in policy[1:]))
     if not hasattr(policy, "_asdict"):
         return policy
     queues = {name: with_lists(part) for name, part in policy._asdict().items() if isinstance(part, Order)}
@@ -65,7 +70,7 @@ def remove(order: Order, key: int) -> None:
     order.newer[before] = after
     order.older[after] = before
     order.length[order.queue[key]] -= 1
-    order.queue[key] = -1
+    order.queue[key] = NOWHERE
 
 
 def renew(order: Order, key: int) -> None:

@@ -89,6 +89,11 @@ def build_system(
         )
     allocation = _build(composition, "allocation")
     pool_of, capacity = allocation.divide(slots, layers, experts, top_k)
+    if len(pool_of) != layers or min(pool_of) < 0 or max(pool_of) >= len(capacity):
+        raise InputError(
+            f"system '{composition.name}': allocation {type(allocation).__name__} gives pools {list(pool_of)[:8]}: it must "
+            f"name one of its {len(capacity)} pools, counted from 0, for each of {layers} layers"
+        )
     if capacity.sum() > slots:
         raise InputError(
             f"system '{composition.name}': allocation {type(allocation).__name__} hands out {capacity.sum()} slots, but the "

@@ -163,7 +163,7 @@ def build_cell_system(cell: Cell, workload: Workload) -> System:
         drop_unused_prefetches=known["drop_unused_prefetches"],
         reupload_after_use=known["reupload_after_use"],
     )
-    composition.check(workload.capabilities, cell.trace)
+    composition.check(workload.trace.capabilities(), cell.trace)
     spec = workload.trace.model
     return build_system(
         composition,

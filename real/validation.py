@@ -228,7 +228,7 @@ def cell_system(cell: Mapping[str, Any], workload: Workload) -> System:
         drop_unused_prefetches=known["drop_unused_prefetches"],
         reupload_after_use=known["reupload_after_use"],
     )
-    composition.check(workload.capabilities, cell["trace"])
+    composition.check(workload.trace.capabilities(), cell["trace"])
     model = workload.trace.model
     return build_system(
         composition,

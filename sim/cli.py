@@ -40,6 +40,7 @@ USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
+  trace record            a real model's routing, as it generates (needs torch and transformers)
   validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
   calibrate               measure this machine and write its hardware profile
   trace import FILE       another program's recording into a trace file
@@ -173,14 +174,38 @@ def _trace_import(words: list[str]) -> int:
     out = Path(config["out"] or f"{source.stem}.safetensors")
     trace = traces.import_trace(source, config["format"], **config["options"])
     traces.save_trace(trace, out)
+    _say_written(out, trace, f"{len(trace.domains)} requests")
+    return 0
+
+
+def _trace_record(words: list[str]) -> int:
+    # The recorder itself checks its options, since it is also used without a command line.
+    # To Hydra, `model=` would choose from the group of models that can be priced.
+    words = [f"checkpoint={quoted(word.removeprefix('model='))}" if word.startswith("model=") else word for word in words]
+    if not any("checkpoint=" in word for word in words):
+        raise InputError("model has no value; give one: model=FOLDER_OR_ID")
+    overrides, config_dir = _options("trace_record", words)
+    if overrides is None:
+        return 0
+    config = compose_config("trace_record", overrides, config_dir)
+    check_types(config)
+    checkpoint, prompts, out = (config.pop(name) for name in ("checkpoint", "prompts", "out"))
+    out = Path(out or f"{Path(checkpoint).name}.safetensors")
+    options = traces.RecordOptions.of(config)
+    with _Progress("batches", "{done} of {total} batches done, {what}") as progress:
+        trace = traces.record(checkpoint, prompts, out, options, progress=progress)
+    _say_written(out, trace, f"{len(trace.domains)} requests in {trace.steps:,} forward passes")
+    return 0
+
+
+def _say_written(out: Path, trace: traces.Trace, extent: str) -> None:
     model = trace.model
     _out().print(
-        f"{out}: {trace.tokens:,} tokens of {len(trace.domains)} requests, {model.layers} layers x {model.experts} experts, "
-        f"top-{model.top_k}, from {model.name}",
+        f"{out}: {trace.tokens:,} tokens of {extent}, {model.layers} layers x {model.experts} experts, top-{model.top_k}, "
+        f"from {model.name}",
         soft_wrap=True,
         highlight=False,
     )
-    return 0
 
 
 def _trace_inspect(words: list[str]) -> int:
@@ -192,10 +217,14 @@ def _trace_inspect(words: list[str]) -> int:
     if tokens is not None:
         trace = traces.take_tokens(trace, tokens)
     found = traces.inspect_trace(trace, seed=config["seed"])
+    evidence = traces.find_evidence(trace, config["seed"]) if config["evidence"] else None
     if config["json"]:
-        print(json.dumps(found.as_json(), indent=1))  # noqa: T201
-    else:
-        _out().print(traces.render_statistics(found))
+        shown = found.as_json() if evidence is None else {**found.as_json(), "evidence": evidence.as_json()}
+        print(json.dumps(shown, indent=1))  # noqa: T201
+        return 0
+    _out().print(traces.render_statistics(found))
+    if evidence is not None:
+        _out().print(traces.render_evidence(evidence))
     return 0
 
 
@@ -274,6 +303,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "validate": _validate,
     "calibrate": _calibrate,
     "trace import": _trace_import,
+    "trace record": _trace_record,
     "trace inspect": _trace_inspect,
     "trace synthesize": _trace_synthesize,
     "list": _list,
@@ -354,7 +384,7 @@ def _out() -> Console:
 class _Progress:
     """A bar on a terminal, a line now and then elsewhere; always on standard error."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, line: str = "{done} of {total} runs done") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True, highlight=False)
@@ -370,6 +400,7 @@ class _Progress:
         )
         self.task = self.bar.add_task("")
         self.tenth = 0
+        self.line = line
 
     def __enter__(self) -> Callable[[int, int, str], None]:
         self.bar.start()
@@ -382,7 +413,7 @@ class _Progress:
         self.bar.update(self.task, completed=done, total=total, description=what)
         if not self.console.is_terminal and done * 10 // total > self.tenth:
             self.tenth = done * 10 // total
-            self.console.print(f"{done} of {total} runs done", markup=False)
+            self.console.print(self.line.format(done=done, total=total, what=what), markup=False)
 
 
 if __name__ == "__main__":

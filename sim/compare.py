@@ -63,7 +63,7 @@ def _plan(base: Config, overrides: Sequence[str], config_dir: str | None) -> tup
     for budget in budgets:
         parse_budget(budget)
     own = [override for override in overrides if override.partition("=")[0] not in ("systems", "budget")]
-    capabilities = workload_of(base).capabilities
+    capabilities = workload_of(base).trace.capabilities()
     configs, left_out = [], []
     for name in systems:
         one_of("systems", name, known)

@@ -28,7 +28,7 @@ Log = list[tuple[Any, ...]]
 
 
 def check(composition: Composition) -> None:
-    """Check determinism, equality of the engines, capacity, holding, counting, foresight, needs and numbering."""
+    """Check determinism, equality of the engines, capacity, holding, counting, foresight and numbering."""
     trace = small_trace()
     for order, batch, slots in (("one_request", 1, 16), ("one_request", 1, 30), ("continuous", 3, 24)):
         workload = make_workload(trace, order, batch)
@@ -47,8 +47,6 @@ def check(composition: Composition) -> None:
         check_counts(run, log, workload)
         if "future" not in composition.needs:
             check_no_foresight(composition, workload, slots, log)
-        if "weights" not in composition.needs:
-            check_weights_unread(composition, workload, slots, log)
         if not any(hasattr(cls, "NUMBERS_MATTER") for cls, _ in composition.parts.values()):
             check_numbering(composition, workload, slots, log)
 
@@ -148,14 +146,6 @@ def check_no_foresight(composition: Composition, workload: Workload, slots: int,
     )
 
 
-def check_weights_unread(composition: Composition, workload: Workload, slots: int, log: Log) -> None:
-    """Without gate weights, which the composition did not ask for, the same is decided."""
-    trace = workload.trace
-    blind = replace(workload, trace=replace(trace, weights=np.zeros(trace.experts.shape, np.float16)))
-    _, other_log = run_logged(composition, blind, slots)
-    assert log == other_log, 'decisions depend on gate weights: declare it with @needs("weights")'
-
-
 def check_numbering(composition: Composition, workload: Workload, slots: int, log: Log) -> None:
     """With the experts of every layer renumbered, the same happens to the renumbered experts."""
     trace = workload.trace
@@ -238,8 +228,8 @@ def run_logged(
         last = f"after {log[-1]}" if log else "at the start"
         raise AssertionError(
             f"the run broke {last} with {type(error).__name__}: {error}; a victim must be a resident with "
-            f"holds[key] < limit or -1, ids and counts must be those of the layer, and what is used of future, lookahead "
-            "and logits must be declared with @needs"
+            f"holds[key] < limit or -1, ids and counts must be those of the layer, and what is used of weights, "
+            "lookahead, logits and future must be declared with @needs"
         ) from error
 
 

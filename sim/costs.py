@@ -151,7 +151,8 @@ def _expert_bytes(model: ModelSpec, precision: str) -> int:
         )
     if precision not in model.expert_bytes:
         raise InputError(
-            f"model '{model.name}' has no expert_bytes at precision '{precision}': {nearest(precision, model.expert_bytes)}"
+            f"model '{model.name}' has no expert_bytes at precision '{precision}': {nearest(precision, model.expert_bytes)};"
+            " choose one with precision=NAME"
         )
     return int(model.expert_bytes[precision])
 

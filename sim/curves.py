@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from policies.contract import needs_of
-from policies.system import Composition, Part, build_system
-from sim.costs import Costs, decode_layer_ns, transfer_ns
-from sim.engines import run_engine
+from policies.system import Composition, Part
+from sim.costs import Costs
+from sim.engines import build_for, run_engine
 from sim.events import Events, future_of
 from sim.replay import Misses, one_pool, pool_per_layer, replay
 from sim.result import Run
@@ -42,24 +43,7 @@ def speed_curve(
 
     Raises InputError where the system cannot run with so few.
     """
-    model = workload.trace.model
-
-    def run(count: int) -> Run:
-        return run_engine(
-            engine,
-            lambda: build_system(
-                composition,
-                slots=count,
-                layers=model.layers,
-                experts=model.experts,
-                top_k=model.top_k,
-                seed=seed,
-                layer_ns=decode_layer_ns(costs, model.top_k),
-                transfer_ns=transfer_ns(costs),
-                future=lambda: workload.future,
-            ),
-            workload,
-            costs,
-        )[0]
-
-    return [run(count) for count in slots]
+    return [
+        run_engine(engine, partial(build_for, composition, workload, costs, count, seed), workload, costs)[0]
+        for count in slots
+    ]

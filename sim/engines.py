@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from policies.system import System
-from sim.costs import Costs
+from policies.system import Composition, System, build_system
+from sim.costs import Costs, decode_layer_ns, transfer_ns
 from sim.reference import run_reference
 from sim.result import Run
 from sim.workload import Workload
 
 ENGINES = ("auto", "fast", "reference")
 """What `engine` may be. Both engines give the same integers."""
+
+
+def build_for(composition: Composition, workload: Workload, costs: Costs, slots: int, seed: int) -> System:
+    """Build `composition` afresh for one run of `workload` with `slots` expert slots on the device. Raises InputError."""
+    model = workload.trace.model
+    return build_system(
+        composition,
+        slots=slots,
+        layers=model.layers,
+        experts=model.experts,
+        top_k=model.top_k,
+        seed=seed,
+        layer_ns=decode_layer_ns(costs, model.top_k),
+        transfer_ns=transfer_ns(costs),
+        future=lambda: workload.future,
+    )
 
 
 def run_engine(

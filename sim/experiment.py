@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from policies.system import AXES, Composition, System, build_system, find_part
+from policies.system import AXES, Composition, System, find_part
 from sim import store
 from sim.config import Config, check_config, one_of, plain
-from sim.costs import Costs, decode_layer_ns, make_costs, transfer_ns, with_free_link
-from sim.engines import ENGINES, run_engine
+from sim.costs import Costs, make_costs, with_free_link
+from sim.engines import ENGINES, build_for, run_engine
 from sim.hardware import make_hardware, model_spec
 from sim.result import Run, limited_by, metrics
 from sim.workload import Workload, make_workload
@@ -62,18 +62,8 @@ def system_of(config: Config, workload: Workload, costs: Costs) -> System:
     """Build the config's system afresh, ready for one run."""
     trace = workload.trace
     composition = composition_of(config)
-    composition.check(workload.capabilities, trace_name(config))
-    return build_system(
-        composition,
-        slots=slots_of(config["budget"], trace.model, costs),
-        layers=trace.model.layers,
-        experts=trace.model.experts,
-        top_k=trace.model.top_k,
-        seed=config["seed"],
-        layer_ns=decode_layer_ns(costs, trace.model.top_k),
-        transfer_ns=transfer_ns(costs),
-        future=lambda: workload.future,
-    )
+    composition.check(trace.capabilities(), trace_name(config))
+    return build_for(composition, workload, costs, slots_of(config["budget"], trace.model, costs), config["seed"])
 
 
 def composition_of(config: Config) -> Composition:

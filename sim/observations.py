@@ -17,10 +17,11 @@ class Observations:
         trace, rows = workload.trace, workload.rows
         self.starts = workload.offsets.tolist()
         self.experts = trace.experts[rows]
-        assert trace.weights is not None  # a workload's trace has them
-        self.weights = trace.weights[rows].astype(np.float32)  # what a policy computes with, in both engines
         self.request = workload.request
-        self.lookahead_experts = self.lookahead_scores = self.router_logits = None
+        self.weights = self.lookahead_experts = self.lookahead_scores = self.router_logits = None
+        if "weights" in needs:
+            assert trace.weights is not None
+            self.weights = trace.weights[rows].astype(np.float32)  # what a policy computes with, in both engines
         if "lookahead" in needs:
             assert trace.lookahead_experts is not None
             assert trace.lookahead_scores is not None
@@ -37,14 +38,14 @@ class Observations:
             now,
             layer,
             self.experts[rows, layer],
-            self.weights[rows, layer],
+            _NO_VALUES if self.weights is None else self.weights[rows, layer],
             self.request[rows],
             _NO_RANKING if self.lookahead_experts is None else self.lookahead_experts[rows, layer],
             _NO_RANKING if self.lookahead_scores is None else self.lookahead_scores[rows, layer],
-            _NO_LOGITS if self.router_logits is None else self.router_logits[rows, layer],
+            _NO_VALUES if self.router_logits is None else self.router_logits[rows, layer],
         )
 
 
 _NO_RANKING: Any = np.zeros((0, 0, 0))
-_NO_LOGITS: Any = np.zeros((0, 0))
+_NO_VALUES: Any = np.zeros((0, 0))
 """What a policy sees of observations that it did not ask for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -21,9 +21,6 @@ class Workload:
 
     name: str
     trace: Trace
-    """With weights in any case, so that engines need not ask: all 0 where the recording has none."""
-    capabilities: frozenset[str]
-    """What the recording offers policies; a policy that needs more is refused before an engine runs."""
     rows: Ints
     offsets: Ints
     """[S + 1]"""
@@ -84,16 +81,11 @@ def make_workload(trace: Trace, order: str = "one_request", batch: int = 1, phas
     name = order if order != "continuous" else f"continuous_{batch}"
     return Workload(
         name=name if phases == "all" else f"{name}_decode",
-        trace=_with_weights(trace),
-        capabilities=trace.capabilities(),
+        trace=trace,
         rows=np.concatenate(steps),
         offsets=np.cumsum([0] + [len(rows) for rows in steps], dtype=np.int64),
         decode=np.array([bool((trace.phase[rows] == DECODE).any()) for rows in steps]),
     )
-
-
-def _with_weights(trace: Trace) -> Trace:
-    return trace if trace.weights is not None else replace(trace, weights=np.zeros(trace.experts.shape, np.float16))
 
 
 def _recorded(trace: Trace) -> list[Ints]:

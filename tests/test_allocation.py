@@ -187,6 +187,19 @@ def test_the_least_budget_that_is_named_suffices(layers, experts, top_k):
         a_system(allocation, slots=int(least * layers * experts + 1e-9), **sizes)
 
 
+class OffByOne(Uniform):
+    """Counts its pools from 1."""
+
+    def divide(self, slots, layers, experts, top_k):
+        pool_of, capacity = super().divide(slots, layers, experts, top_k)
+        return pool_of + 1, capacity
+
+
+def test_a_pool_that_is_none_is_refused():
+    with pytest.raises(InputError, match="must name one of its 4 pools, counted from 0, for each of 4 layers"):
+        a_system(OffByOne)
+
+
 def test_a_negative_depth_is_refused():
     with pytest.raises(InputError, match=r"^system 'mine': prefetch.depth is -1: it must be at least 0$"):
         a_system(WholeDevice, prefetch=(TopN, {"depth": -1}))

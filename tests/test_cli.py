@@ -72,7 +72,7 @@ def test_help_says_every_verb(run, words):
     code, out, err = run(*words)
     assert (code, err) == (0, [])
     assert out.startswith("foregate VERB [overrides]\n")
-    for verb in ("compare", "simulate", "trace import", "trace inspect", "trace synthesize", "list"):
+    for verb in ("compare", "simulate", "trace record", "trace import", "trace inspect", "trace synthesize", "list"):
         assert f"\n  {verb} " in out
 
 
@@ -257,6 +257,20 @@ def test_inspect_prints_tables_otherwise(run, tiny):
     assert "tiny" in out
 
 
+def test_inspect_shows_evidence_when_asked(run, tiny):
+    code, out, err = run("trace", "inspect", "tiny.safetensors", "evidence=true")
+    assert (code, err) == (0, [])
+    assert "shuffled" in out
+    assert "shuffled" not in run("trace", "inspect", "tiny.safetensors")[1]
+    assert (
+        json.loads(run("trace", "inspect", "tiny.safetensors", "evidence=true", "json=true")[1])["evidence"]["domains"]
+        is None
+    )
+    assert run("trace", "inspect", "tiny.safetensors", "evidence=yes please")[2] == [
+        "foregate: evidence is 'yes please': it must be true or false"
+    ]
+
+
 SMALL = "parameters={layers: 2, experts: 6, top_k: 2, requests: 2, prefill_tokens: 3, decode_tokens: 4, lookahead_depth: 1}"
 
 
@@ -312,7 +326,7 @@ def cut_short(path, source):
 REFUSED = {
     "unknown verb": (["simulat"], "'simulat' is not a verb: did you mean 'simulate'? known: calibrate, compare, "),
     "unknown trace verb": (["trace", "inspekt"], "'trace inspekt' is not a verb: did you mean 'trace inspect'? known: "),
-    "trace without a verb": (["trace"], "'trace' is not a verb: did you mean 'trace import'? known: "),
+    "trace without a verb": (["trace"], "'trace' is not a verb: did you mean 'trace record'? known: "),
     "unknown group": (["list", "evictoin"], "there is no group 'evictoin': did you mean 'eviction'? known: "),
     "unknown system": (["simulate", "system=lruu"], "system=lruu: system 'lruu' is unknown: did you mean 'lru'? known: "),
     "unknown system to compare": (["compare", "systems=[lru,fatte]"], "systems is 'fatte': did you mean 'fate'? known: "),
@@ -468,11 +482,26 @@ def test_a_reader_that_goes_away_is_no_error(folder):
 EVERY_MODULE = """
 import importlib, pkgutil, sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # an import of these would fail
+training = {"traces.reference.experts", "traces.reference.train", "traces.reference.run"}
 for package in ("traces", "policies", "sim"):
     for found in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        if found.name in training:
+            continue
         importlib.import_module(found.name)
         print(found.name)
 """
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_recording_says_which_package_it_needs(run, folder, monkeypatch, package):
+    if package == "transformers":
+        pytest.importorskip("torch", reason="without torch, torch is what is missed first")
+    (folder / "prompts.txt").write_text("a prompt\n")
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
+    sentence = f"recording needs the package {package}, which is not installed: pip install 'foregate[real]'"
+    found = run("trace", "record", "model=any", "prompts=prompts.txt")
+    assert found == (2, "", [f"foregate: {sentence}"])
+    assert [path.name for path in folder.iterdir()] == ["prompts.txt"]
 
 
 def test_simulation_and_analysis_never_import_torch(folder):

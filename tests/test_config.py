@@ -301,7 +301,7 @@ def overrides(trace, *more):
 def test_a_policy_of_ones_own_is_one_file_and_one_yaml(mine, tiny):
     assert len(MINE.strip().splitlines()) <= 27
     assert len(YAML.splitlines()) == 3
-    row = simulate(compose_config("simulate", overrides(tiny, "eviction=mru"), mine))
+    row = simulate(compose_config("simulate", overrides(tiny, "eviction=mru", "engine=reference"), mine))
     # By hand: the only hits are 0 in the third step, 1 in the fourth, and 1 and 3 of the second layer in the fifth.
     assert (row["system"], row["slots"], row["hits"], row["misses"]) == ("lru+eviction=mru", 5, 4, 16)
 
@@ -333,6 +333,8 @@ def test_a_system_of_ones_own_is_compared_like_any_other(mine, tiny):
     assert "mine" in options("system", mine)
     rows, left_out = compare(overrides(tiny, "systems=[lru,mine]", "jobs=1"), config_dir=mine)
     assert (sorted(rows["system"]), left_out) == (["lru", "mine"], [])
+    row = rows.set_index("system").loc["mine"]
+    assert (row["engine"], row["slots"], row["hits"], row["misses"]) == ("fast", 5, 4, 16)
 
 
 def test_an_option_of_ones_own_is_suggested_for_a_misspelt_one(mine):

@@ -73,7 +73,7 @@ class Curious(PreviousToken):
 @pytest.mark.parametrize(
     ("axis", "cls", "says"),
     [
-        ("predictor", Curious, 'decisions depend on gate weights: declare it with @needs\\("weights"\\)'),
+        ("predictor", Curious, "IndexError.*what is used of weights, .* must be declared with @needs"),
         ("eviction", Unruly, "a victim must be a resident|is evicted while|while its event needs it"),
         ("eviction", ByNumber, "the numbers of the experts change what happens"),
         ("allocation", Greedy, "hands out 32 slots, but the budget holds 16"),

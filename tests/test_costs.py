@@ -133,7 +133,8 @@ def test_a_precision_that_is_not_known_is_refused():
     with pytest.raises(InputError) as error:
         costs(precision="int3")
     assert str(error.value) == (
-        "model 'small' has no expert_bytes at precision 'int3': did you mean 'int4'? known: bf16, int4"
+        "model 'small' has no expert_bytes at precision 'int3': did you mean 'int4'? known: bf16, int4;"
+        " choose one with precision=NAME"
     )
 
 

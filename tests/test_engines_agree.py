@@ -1,7 +1,11 @@
 """The fast engine gives the integers and events of the reference engine, whatever the policy, workload and costs."""
 
 import importlib
+import inspect
+import os
 import sys
+import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +21,7 @@ from policies.contract import steady
 from policies.eviction.fifo import FIFO
 from policies.eviction.lfu import LFU
 from policies.eviction.lru import LRU
-from policies.order import append, oldest, oldest_free
+from policies.order import NOWHERE, append, oldest, oldest_free, remove
 from policies.predictor.popularity import Popularity
 from policies.residency import ContractError
 from policies.system import Composition, find_part
@@ -26,7 +30,7 @@ from sim.conformance import build, costs_for, difference, small_trace
 from sim.costs import Costs
 from sim.engines import run_engine
 from sim.experiment import composition_of, costs_of, system_of, workload_of
-from sim.fast import PolicyRaised, run_fast
+from sim.fast import PolicyRaised, native, run_fast
 from sim.fast.native import make_known
 from sim.reference import run_reference
 from sim.workload import make_workload
@@ -109,7 +113,8 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw, **fixed):
     """Draw a case; all numbers shrink towards few tokens, layers, experts and chunks, and towards the simplest policies."""
-    layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    # Mostly few experts; 40 fill more than one block of residents, 200 need wider ids.
+    layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 7) | st.sampled_from([40, 200]))
     top_k = draw(st.integers(1, min(experts, 3)))
     routed = st.lists(st.integers(0, experts - 1), min_size=0, max_size=top_k, unique=True)
     token = st.lists(routed, min_size=layers, max_size=layers)
@@ -153,6 +158,10 @@ def cases(draw, **fixed):
         step_readout_ns=draw(st.integers(-1, 90)),
     )
     tried = composition(drop=draw(st.booleans()), reupload=draw(st.booleans()), **parts)
+    rule, parameters = tried.parts["prefetch"]
+    if "depth" in inspect.signature(rule.build).parameters:  # deeper than there are layers too
+        deep = (rule, {**parameters, "depth": draw(st.integers(1, 6))})
+        tried = replace(tried, parts={**tried.parts, "prefetch": deep})
     return Case(tried, workload, costs, slots, draw(st.booleans()))
 
 
@@ -314,16 +323,25 @@ class OutOfBounds(FIFO):
         self.order.queue[len(self.order.queue) + 1_000_000] = 7
 
 
+class TwiceRemoved(FIFO):
+    """Lets a function of the project look behind the end of an array; FIFO's own version of it is not checked."""
+
+    def on_hit(self, key, pool, now):
+        remove(self.order, key)
+        remove(self.order, key)
+
+
 def test_what_a_python_policy_raises_comes_out_of_the_fast_engine():
     workload = make_workload(small_trace())
     with pytest.raises(RuntimeError, match="event 7"):
         run_fast(build(with_eviction(FailingInPython), workload, 20), workload, costs_for(workload))
 
 
-@pytest.mark.parametrize(("cls", "error"), [(Failing, RuntimeError), (OutOfBounds, IndexError)])
+@pytest.mark.parametrize(("cls", "error"), [(Failing, RuntimeError), (OutOfBounds, IndexError), (TwiceRemoved, IndexError)])
 def test_what_a_compiled_policy_raises_is_found_by_the_reference_engine(cls, error):
     workload = make_workload(small_trace())
     costs = costs_for(workload)
+    run_fast(build(with_eviction(FIFO), workload, 20), workload, costs)
     with pytest.raises(PolicyRaised):
         run_engine("fast", lambda: build(with_eviction(cls), workload, 20), workload, costs)
     with pytest.raises(error):
@@ -344,6 +362,16 @@ class Nowhere(FIFO):
         return 10**9
 
 
+class Stranger(FIFO):
+    """Evicts an expert that holds no slot and stands in no queue."""
+
+    def victim(self, pool, holds, limit, now):
+        for key in range(len(holds)):
+            if self.order.queue[key] == NOWHERE:
+                return key
+        return -1
+
+
 class Unwilling(FIFO):
     """Evicts nobody."""
 
@@ -354,7 +382,12 @@ class Unwilling(FIFO):
 @pytest.mark.parametrize("engine", ["fast", "reference"])
 @pytest.mark.parametrize(
     ("cls", "says"),
-    [(Unruly, "a victim must be a resident"), (Nowhere, "chose expert key 1000000000"), (Unwilling, "names no victim")],
+    [
+        (Unruly, "a victim must be a resident"),
+        (Stranger, "a victim must be a resident"),
+        (Nowhere, "chose expert key 1000000000"),
+        (Unwilling, "names no victim"),
+    ],
 )
 def test_a_victim_that_may_not_leave_is_refused_by_both_engines(engine, cls, says):
     workload = make_workload(small_trace())
@@ -465,7 +498,8 @@ def test_steady_must_name_a_field():
         steady(changed="rescaledd")(FIFO)
 
 
-def test_a_constant_of_another_module_decides_the_compiled_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("signs", [("1", "2"), ("np.int64(1)", "np.int64(2)"), ("np.array([1])", "np.array([2])")])
+def test_a_constant_of_another_module_decides_the_compiled_code(signs, tmp_path, monkeypatch):
     """The digest that names the cache changes with whatever the code is made of."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tried_policy.py").write_text(
@@ -476,8 +510,8 @@ def test_a_constant_of_another_module_decides_the_compiled_code(tmp_path, monkey
         "def super_victim(self, pool, holds, limit):\n    return oldest_free(self.order, pool, holds, limit)\n"
     )
     digests = []
-    for sign in (1, 2):
-        (tmp_path / "tried_constants.py").write_text(f"SIGN = {sign}\n")
+    for sign in signs:
+        (tmp_path / "tried_constants.py").write_text(f"import numpy as np\n\nSIGN = {sign}\n")
         for name in ("tried_policy", "tried_constants"):
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
@@ -489,12 +523,43 @@ def test_a_constant_of_another_module_decides_the_compiled_code(tmp_path, monkey
     assert digests[0] != digests[1]
 
 
+def test_compiled_code_that_nobody_uses_any_more_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+    for name, age in (("old", 31), ("young", 29)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "code.nbc").write_bytes(b"x")
+        used = time.time() - age * 24 * 3600
+        os.utime(tmp_path / name, (used, used))
+    native._forget_unused.__wrapped__()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["young"]
+
+
 class Wild(Popularity):
     """Predicts an expert that does not exist."""
 
     def predict(self, seen, ahead, ids, scores):
         ids[0] = 99
         return 1
+
+
+class Upset(Wild):
+    """Breaks while it learns, and predicts an expert that does not exist afterwards."""
+
+    def observe(self, seen):
+        if seen.event == 7:
+            raise RuntimeError("event 7")
+
+    def predict(self, seen, ahead, ids, scores):
+        ids[0] = 99 if seen.event >= 7 else 0
+        return 1
+
+
+def test_what_went_wrong_first_is_what_is_told():
+    tried = composition(prefetch="top_n")
+    tried = Composition("tried", {**tried.parts, "predictor": (Upset, {})})
+    workload = make_workload(small_trace())
+    with pytest.raises(RuntimeError, match="event 7"):
+        run_engine("auto", lambda: build(tried, workload, 20), workload, costs_for(workload))
 
 
 class Wordy(Popularity):

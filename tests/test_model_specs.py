@@ -23,6 +23,7 @@ PUBLISHED = {
     "qwen1_5_moe_a2_7b": 14.3e9,
     "qwen3_30b_a3b": 30.5e9,
     "reference_16x64_top8": 428.4e6,
+    "reference_24x32_top4": 366.4e6,
 }
 
 
@@ -54,6 +55,11 @@ OTHER = {
     "reference_16x64_top8": (
         16 * (attention(512, 8, 8, 64) + 64 * 512 + 4 * 512) + ends(512, 16384, tied=True),
         16 * 2 * 8 * 64,
+    ),
+    "reference_24x32_top4": (
+        24 * (attention(384, 6, 2, 64) + (6 + 2 * 2) * 64 + 3 * 384 * 384 + 384 + 32 * 384 + 2 * 384)
+        + ends(384, 16384, tied=True),
+        24 * 2 * 2 * 64,
     ),
     "qwen3_30b_a3b": (
         48 * (attention(2048, 32, 4, 128) + 128 * 2048 + 2 * 2048 + 2 * 128) + ends(2048, 151936),

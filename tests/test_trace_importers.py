@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from traces import DECODE, PREFILL, InputError, bundled, import_trace, importers, load_trace, save_trace
-from traces.checks import present_arrays
-from traces.reference.bundle import TARGET, make_bundle
+from traces import DECODE, PREFILL, InputError, import_trace, importers, load_trace, save_trace
 
 SHARED = Path(__file__).parents[2] / "shared"
-REFERENCE = SHARED / "reference_trace" / "reference_moe_16x64_top8.npz"
 
 
 def shared(name):
@@ -323,20 +320,3 @@ def test_published_recordings_are_imported_whole(name, shape, requests, steps, t
         np.testing.assert_array_equal(trace.weights, arrays["weights"])
     save_trace(trace, tmp_path / "trace.safetensors")
     np.testing.assert_array_equal(load_trace(tmp_path / "trace.safetensors").experts, trace.experts)
-
-
-def test_the_bundled_recording_is_a_part_of_the_reference():
-    shared("reference_trace/reference_moe_16x64_top8.npz")
-    made, kept = make_bundle(REFERENCE), load_trace(bundled()[TARGET.stem])
-    for name, array in present_arrays(made).items():
-        np.testing.assert_array_equal(array, getattr(kept, name), err_msg=name)
-    assert (made.model, made.provenance, made.domains) == (kept.model, kept.provenance, kept.domains)
-    with np.load(REFERENCE) as arrays:
-        np.testing.assert_array_equal(kept.experts[160:320], arrays["experts"][320:480])
-        np.testing.assert_array_equal(kept.lookahead_scores[0, 0], arrays["cross_scores"][0, 0, :, :16])
-
-
-def test_only_the_reference_recording_is_bundled(path):
-    np.savez(path, **recording())
-    with pytest.raises(InputError, match="this is not the reference recording"):
-        make_bundle(path)

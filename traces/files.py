@@ -173,3 +173,9 @@ def _domains(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
     if not isinstance(found, list):
         raise InputError(f"{path}: the metadata 'domains' must be a list with the domain of each request")
     return tuple(found)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of the file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Parts of a trace: some requests, or the first so many tokens."""
+"""Parts of a trace and parts put together: some requests, the first so many tokens, one recording out of several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces.checks import present_arrays
+from traces.checks import ARRAYS, present_arrays
 from traces.errors import InputError
 from traces.trace import Provenance, Trace
 
@@ -80,3 +80,62 @@ def _part_provenance(trace: Trace, tokens: int, requests: int) -> Provenance:
     whole = trace.hash or trace.provenance.details.get("part_of", {}).get("hash", "")
     part = {"hash": whole, "tokens": tokens, "requests": requests}
     return replace(trace.provenance, details={**trace.provenance.details, "part_of": part})
+
+
+def first_tokens(trace: Trace, count: int) -> Trace:
+    """Return the first `count` tokens of every request of `trace`; shorter requests stay whole.
+
+    Raises `InputError` when no token is left.
+    """
+    order = np.lexsort((trace.position, trace.request))
+    ranks = np.empty(trace.tokens, np.int64)
+    lengths = np.bincount(trace.request, minlength=len(trace.domains))
+    ranks[order] = np.arange(trace.tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = np.flatnonzero(ranks < count)
+    if len(rows) == 0:
+        raise InputError(f"count: {count} tokens of each request; take at least 1")
+    return _part(trace, rows, np.arange(len(trace.domains)))
+
+
+def one_after_another(trace: Trace) -> Trace:
+    """Return `trace` as if its requests had run one after another, not in batches: each pass is one request's.
+
+    What the router chose stays: it depends on a request's own tokens. The result has no hash of its own.
+    """
+    order = np.lexsort((trace.position, trace.request))
+    arrays: dict[str, Any] = {name: array[order] for name, array in present_arrays(trace).items()}
+    passes = np.stack([arrays["request"], arrays["step"]])
+    begins = np.ones(trace.tokens, bool)
+    begins[1:] = (passes[:, 1:] != passes[:, :-1]).any(axis=0)
+    arrays["step"] = (np.cumsum(begins) - 1).astype(np.int32)
+    return replace(trace, **arrays, hash="")
+
+
+def join_requests(traces: Sequence[Trace]) -> Trace:
+    """Return the requests of all `traces`, one trace after another, with the first one's provenance.
+
+    An optional array is left out where one of the traces lacks it; the whole is ranked where all are.
+
+    Raises `InputError` when none is given, or when they are not of one model.
+    """
+    if not traces:
+        raise InputError("traces: none is given to join; give at least one")
+    for number, trace in enumerate(traces):
+        if trace.model != traces[0].model:
+            raise InputError(
+                f"traces: number {number} is of '{trace.model.name}', the first of '{traces[0].model.name}';"
+                " join parts of one recording"
+            )
+    present = [present_arrays(trace) for trace in traces]
+    joined: dict[str, Any] = {
+        name: np.concatenate([arrays[name] for arrays in present]) if all(name in arrays for arrays in present) else None
+        for name in ARRAYS
+    }
+    for name, sizes in (
+        ("request", [len(trace.domains) for trace in traces]),
+        ("step", [int(trace.step[-1]) + 1 for trace in traces]),
+    ):
+        shift = np.repeat(np.cumsum([0, *sizes[:-1]]), [trace.tokens for trace in traces])
+        joined[name] = (joined[name] + shift).astype(np.int32)
+    domains = tuple(domain for trace in traces for domain in trace.domains)
+    return replace(traces[0], **joined, domains=domains, ranked=all(trace.ranked for trace in traces), hash="")

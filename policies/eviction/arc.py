@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.contract import Floats, Ints, Setting
-from policies.order import Order, append, make_order, oldest_free, remove, renew, shorten
+from policies.order import NOWHERE, Order, append, make_order, oldest_free, remove, renew, shorten
 
 
 class ARC(NamedTuple):
@@ -49,7 +49,7 @@ class ARC(NamedTuple):
     def on_miss(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         b1, b2 = self.ghost.length[2 * pool], self.ghost.length[2 * pool + 1]
         self.from_b2[pool] = self.ghost.queue[key] == 2 * pool + 1
-        if self.ghost.queue[key] >= 0:
+        if self.ghost.queue[key] != NOWHERE:
             if self.from_b2[pool] == 1:
                 self.target[pool] = max(self.target[pool] - max(b1 / b2, 1.0), 0.0)
             else:
@@ -67,10 +67,10 @@ class ARC(NamedTuple):
         shorten(self.ghost, 2 * pool + 1, 2 * self.capacity[pool] - t1 - t2 - self.ghost.length[2 * pool])
 
     def on_hit(self, key: int, pool: int, now: int) -> None:  # noqa: D102
-        if self.used[key] == 1 or self.ghost.queue[key] >= 0:
+        if self.used[key] == 1 or self.ghost.queue[key] != NOWHERE:
             remove(self.resident, key)
             append(self.resident, 2 * pool + 1, key)
-            if self.ghost.queue[key] >= 0:
+            if self.ghost.queue[key] != NOWHERE:
                 remove(self.ghost, key)
         else:
             renew(self.resident, key)

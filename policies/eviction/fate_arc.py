@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.contract import Ints, Setting
-from policies.order import Order, append, make_order, oldest_free, remove, shorten
+from policies.order import NOWHERE, Order, append, make_order, oldest_free, remove, shorten
 
 
 class FateARC(NamedTuple):
@@ -45,7 +45,7 @@ class FateARC(NamedTuple):
     def on_miss(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         t1, t2 = self.resident.length[3 * pool], self.resident.length[3 * pool + 1]
         self.missed[key] = 1
-        if self.ghost.queue[key] >= 0:
+        if self.ghost.queue[key] != NOWHERE:
             step = t1 if self.ghost.queue[key] == 2 * pool else -t2
             self.target[pool] = min(max(self.target[pool] + step, 0), self.capacity[pool])
             remove(self.ghost, key)
@@ -61,8 +61,8 @@ class FateARC(NamedTuple):
     def on_hit(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         t1, t2 = self.resident.length[3 * pool], self.resident.length[3 * pool + 1]
         first = self.resident.queue[key] == 3 * pool + 2
-        goes_to = 3 * pool if first and self.ghost.queue[key] < 0 else 3 * pool + 1
-        if self.ghost.queue[key] >= 0:
+        goes_to = 3 * pool if first and self.ghost.queue[key] == NOWHERE else 3 * pool + 1
+        if self.ghost.queue[key] != NOWHERE:
             step = t1 if self.ghost.queue[key] == 2 * pool else -t2
             self.target[pool] = min(max(self.target[pool] + step, 0), self.capacity[pool])
             remove(self.ghost, key)

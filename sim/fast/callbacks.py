@@ -37,6 +37,7 @@ class PythonEviction:
     def __init__(self, policy: Any, setting: Setting, told: Any) -> None:
         self.holds = memoryview(told.holds)  # written by the loop
         self.hits, self.misses = memoryview(told.hits), memoryview(told.misses)
+        self.resident = told.resident
         residency = Residency(policy, setting)
         residency.holds = self.holds  # type: ignore[assignment]
         policy = residency.eviction
@@ -63,8 +64,9 @@ class PythonEviction:
             leaving = self.victim(pool, self.holds, limit, now)
             if leaving < 0:
                 return -2
-            if leaving < len(self.holds):
-                self.on_evict(leaving, pool, now)
+            if leaving >= len(self.holds) or not self.resident[leaving] or self.holds[leaving] >= limit:
+                return leaving  # it may not leave: the loop sees to it
+            self.on_evict(leaving, pool, now)
         self.on_insert(key, pool, now)
         return leaving
 

@@ -17,6 +17,7 @@ from policies.system import System
 from sim.fast.callbacks import PythonEviction, PythonPredictor, callback
 from sim.fast.members import insert, make_members, remove, touch, victim
 from sim.fast.native import NUMBER, bind, entry, keep, not_compiled
+from traces.errors import InputError
 
 EVENT, ADMIT, EVICTED, OBSERVE, PREDICT, MOST, TAKE, EVICTION, PREDICTOR, PREFETCH = range(10)
 """Places in the table: seven entries (0 where there is nothing to call), then the states of the three policies."""
@@ -48,9 +49,11 @@ class Told(NamedTuple):
     """[E]: what a predictor writes."""
     scores: Any
     """[E]"""
+    resident: Any
+    """[keys] bool: who holds a slot; a column of `sim.fast.state.EXPERT`."""
 
 
-def make_told(setting: Setting) -> Told:
+def make_told(setting: Setting, resident: Any) -> Told:
     """Return the shared memory of one run."""
     return Told(
         holds=np.zeros(setting.keys, np.int8),
@@ -59,6 +62,7 @@ def make_told(setting: Setting) -> Told:
         seen=np.zeros(4, np.int64),
         ids=np.zeros(setting.experts, np.int64),
         scores=np.zeros(setting.experts, np.float64),
+        resident=resident,
     )
 
 
@@ -131,6 +135,8 @@ class Hooks:
         if not self._interpret and cls not in not_compiled and issubclass(cls, tuple) and len(policy):
             try:
                 self._put(place, entries, state())
+            except InputError:
+                raise
             except Exception:  # numba has many ways to say that it cannot; tests make sure that it can all of ours
                 not_compiled.add(cls)
             else:
@@ -173,9 +179,9 @@ def admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
         leaving = victim(policy, members, told.holds, pool, limit, now)
         if leaving < 0:
             return REFUSED
-        if leaving >= len(told.holds):
-            return leaving  # no expert: the loop sees to it
         leaving &= NUMBER
+        if leaving >= len(told.holds) or not told.resident[leaving] or told.holds[leaving] >= limit:
+            return leaving  # it may not leave: the loop sees to it
         remove(policy, members, leaving, pool, now)
         policy.on_evict(leaving, pool, now)
     policy.on_insert(key, pool, now)

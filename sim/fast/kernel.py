@@ -15,6 +15,7 @@ from policies.contract import NEVER
 from policies.residency import AWAITED, FREE, HELD
 from sim.costs import NO_READOUT
 from sim.fast.hooks import REFUSED, ROOM
+from sim.fast.log import CANCEL, ENDS, EVICT, LANDED, LOADS, PREFETCHES, REFRESH, log_is_full, note, note_judged, note_train
 from sim.fast.native import FAILED, call
 from sim.fast.state import (
     CELL,
@@ -22,7 +23,6 @@ from sim.fast.state import (
     INT8,
     INT32,
     INT64,
-    LOG,
     NONE,
     PLACE,
     QUEUED,
@@ -51,10 +51,6 @@ END, GIVE_WAY = range(2)
 BY_EXCEPTION, BY_VICTIM, BY_PREDICTION, BY_HOLDING = 1, 2, 3, 4
 """What stopped a run: a policy raised, chose a victim that may not leave, predicted what is none, or kept every slot."""
 
-EVENTS = ("hit", "late_hit", "miss", "load", "prefetch", "refresh", "landed", "cancel", "evict", "end")
-"""Names of what is logged, by number."""
-HIT, LATE_HIT, MISS, LOADS, PREFETCHES, REFRESH, LANDED, CANCEL, EVICT, ENDS = range(len(EVENTS))
-
 
 def run_part(runs: Any, stop: Any) -> Any:
     """Run on to event `stop`, or until the log is full or a policy broke the contract; return the event to go on with.
@@ -63,7 +59,7 @@ def run_part(runs: Any, stop: Any) -> Any:
     """
     run = runs[0]
     while run.now + 1 < stop and not run.broken:
-        if run.logging and run.logged + 4 * run.keys + 2 * run.experts + 8 > run.log_room:
+        if log_is_full(run):
             break
         attention_ns = step_of(run).attention_ns
         # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
@@ -148,7 +144,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     experts_at, places_at, holds_at = run.experts_at, run.places_at, run.holds_at
     hits_at, misses_at = run.hits_at, run.misses_at
     run.held = stop - start
-    hits = awaited = absent = present_ns = total_ns = 0
+    hits = awaited = absent = late = useful = present_ns = total_ns = 0
     for index in range(start, stop):
         key = number(keys_at, index, INT32)
         takes = number(expert_ns_at, number(tokens_at, index, INT32), INT64)
@@ -168,23 +164,15 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
         awaited += in_flight
         present_ns += (resident - in_flight) * takes
         total_ns += takes
-        if expert.unused >= 0:
-            expert.unused = NOTHING
-            if expert.transfer != NONE:
-                run.late_bytes += run.expert_bytes
-            else:
-                run.useful_bytes += run.expert_bytes
-    if run.logging:
-        for index in range(hits):
-            key = number(run.hits_at, index, INT32)
-            if expert_of(run, key).transfer == NONE:
-                _note(run, run.time, HIT, key)
-        for index in range(awaited):
-            _note(run, run.time, LATE_HIT, place(run, index).awaited)
-        for index in range(absent):
-            _note(run, run.time, MISS, number(run.misses_at, index, INT32))
+        first_use = int(expert.unused >= 0)
+        expert.unused = NOTHING
+        late += first_use & in_flight
+        useful += first_use & (1 - in_flight)
+    run.late_bytes += late * run.expert_bytes
+    run.useful_bytes += useful * run.expert_bytes
+    note_judged(run, hits, awaited, absent)
     if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
     run.computed += total_ns
     run.hits += hits - awaited
     run.late_hits += awaited
@@ -291,7 +279,7 @@ def _end_event(run: Any) -> None:
             if run.drop_unused_prefetches:
                 _evict(run, key, ns)
     this.prefetched = 0
-    _note(run, ns, ENDS, NOTHING)
+    note(run, ns, ENDS, NOTHING)
 
 
 # ---- prediction --------------------------------------------------------------------------------------------------
@@ -307,7 +295,8 @@ def _predict(run: Any) -> None:
     put(run.seen_at, 3, step.last_row, INT64)
     tokens = step.last_row - step.first_row
     if run.observe_entry and call(run.observe_entry, run.predictor_state, 0, 0, 0, 0) == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
+        return
     most = call(run.most_entry, run.prefetch_state, tokens, 0, 0, 0)
     for ahead in range(1, run.depth + 1):
         if run.now + ahead >= run.events:
@@ -315,11 +304,10 @@ def _predict(run: Any) -> None:
         count = call(run.predict_entry, run.predictor_state, ahead, min(most, run.experts), 0, 0) if most >= 0 else most
         taken = call(run.take_entry, run.prefetch_state, count, 0, 0, 0) if count > 0 and run.take_entry else count
         if most == FAILED or count == FAILED or taken == FAILED:
-            run.broken = BY_EXCEPTION
+            _stop(run, BY_EXCEPTION, NOTHING)
             return
         if count < 0 or count > min(most, run.experts) or taken < 0 or taken > count:
-            run.broken = BY_PREDICTION
-            run.broken_by = count if taken == count else taken
+            _stop(run, BY_PREDICTION, count if taken == count else taken)
             return
         if count == 0:
             continue
@@ -330,21 +318,26 @@ def _predict(run: Any) -> None:
         event = coming(run, ahead)
         event.first_key = first_key
         predicted = max(event.predicted, 0)
-        cells_at, experts_at, ids_at = event.cells_at, run.experts_at, run.ids_at
+        cells_at, experts_at, places_at, ids_at = event.cells_at, run.experts_at, run.places_at, run.ids_at
+        wanted = 0
         for index in range(taken):
             chosen = number(ids_at, index, INT64)
             if chosen < 0 or chosen >= run.experts:
-                run.broken = BY_PREDICTION
-                run.broken_by = chosen
+                _stop(run, BY_PREDICTION, chosen)
                 return
             entry = record(cells_at, chosen, CELL)
             if not entry.predicted:
                 entry.predicted = True
                 record(cells_at, predicted, CELL).choice = chosen
                 predicted += 1
-            expert = record(experts_at, first_key + chosen, EXPERT)
-            if (int(expert.resident) | expert.transfer) == NONE:
-                _queue(run, first_key + chosen, run.now + ahead, False)
+            key = first_key + chosen
+            expert = record(experts_at, key, EXPERT)
+            record(places_at, wanted, PLACE).wanted = key
+            wanted += int((int(expert.resident) | expert.transfer) == NONE)
+        for index in range(wanted):
+            key = record(places_at, index, PLACE).wanted
+            if expert_of(run, key).transfer == NONE:  # the predictor may have named it twice
+                _queue(run, key, run.now + ahead, False)
         event.predicted = predicted
 
 
@@ -352,21 +345,17 @@ def _predict(run: Any) -> None:
 
 
 @njit
-def _start_transfer(
-    run: Any,
-    key: Any,
-    ns: Any,
-) -> Any:
+def _start_transfer(run: Any, key: Any, ns: Any) -> Any:
     """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
     expert = expert_of(run, key)
     if expert.refresh:
         put(run.holds_at, key, HELD, INT8)
-        _note(run, ns, REFRESH, key)
+        note(run, ns, REFRESH, key)
         return True
     if not _take_slot(run, key, ns):
         run.cancelled += 1
         expert.transfer = NONE
-        _note(run, ns, CANCEL, key)
+        note(run, ns, CANCEL, key)
         return False
     put(run.holds_at, key, HELD, INT8)
     expert.resident = True
@@ -375,7 +364,7 @@ def _start_transfer(
     run.peak_slots = max(run.peak_slots, run.taken)
     if expert.demand:
         run.demand_bytes += run.expert_bytes
-        _note(run, ns, LOADS, key)
+        note(run, ns, LOADS, key)
     else:
         run.prefetches += 1
         expert.unused = target = transfer_of(run, key).target
@@ -385,16 +374,12 @@ def _start_transfer(
             expected.listed = True
             cell(event, event.prefetched).prefetched = key
             event.prefetched += 1
-        _note(run, ns, PREFETCHES, key)
+        note(run, ns, PREFETCHES, key)
     return True
 
 
 @njit(forceinline=True)
-def _take_slot(
-    run: Any,
-    key: Any,
-    ns: Any,
-) -> Any:
+def _take_slot(run: Any, key: Any, ns: Any) -> Any:
     """Find a slot for `key`: a free one, or that of an expert that nothing needs; for a demand also one that was prefetched
     for a coming event, or that of a paused prefetch."""
     if run.time >= run.release_ns:
@@ -412,7 +397,7 @@ def _take_slot(
             ):
                 paused = transfer_of(run, paused).newer
             if paused == NOTHING:
-                run.broken = BY_HOLDING
+                _stop(run, BY_HOLDING, NOTHING)
                 return True
             _unqueue(run, paused)
             _give_up(run, paused)
@@ -421,7 +406,7 @@ def _take_slot(
     if leaving == REFUSED:
         return False
     if leaving == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
     elif limit != ROOM:
         if (
             leaving < 0
@@ -430,8 +415,7 @@ def _take_slot(
             or not expert_of(run, leaving).resident
             or number(run.holds_at, leaving, INT8) >= limit
         ):
-            run.broken = BY_VICTIM
-            run.broken_by = leaving
+            _stop(run, BY_VICTIM, leaving)
         else:
             _forget(run, leaving, ns)
     return True
@@ -441,7 +425,7 @@ def _take_slot(
 def _evict(run: Any, key: Any, ns: Any) -> None:
     """Take a slot away for another reason than to make room."""
     if call(run.evicted_entry, run.eviction_state, key, expert_of(run, key).pool, run.now, 0) == FAILED:
-        run.broken = BY_EXCEPTION
+        _stop(run, BY_EXCEPTION, NOTHING)
     _forget(run, key, ns)
 
 
@@ -453,12 +437,12 @@ def _forget(run: Any, key: Any, ns: Any) -> None:
     pool_of(run, expert.pool).taken -= 1
     run.taken -= 1
     if expert.unused >= 0:
-        expert.unused = -1
+        expert.unused = NOTHING
         run.wasted_bytes += run.expert_bytes
     if expert.transfer != NONE:
         expert.transfer = NONE
         _unqueue(run, key)
-    _note(run, ns, EVICT, key)
+    note(run, ns, EVICT, key)
 
 
 @njit
@@ -468,9 +452,9 @@ def _give_up(run: Any, key: Any) -> None:
     started = expert.transfer == STARTED
     expert.transfer = NONE
     run.cancelled += 1
-    _note(run, run.time, CANCEL, key)
+    note(run, run.time, CANCEL, key)
     if started:
-        expert.unused = -1
+        expert.unused = NOTHING
         moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
         if expert.refresh:
             run.refresh_bytes += moved
@@ -529,9 +513,7 @@ def _serve_demands(run: Any) -> None:
         compute = max(ns, compute) + record(places_at, key - first_key, PLACE).takes
         demand.landed_ns = ns
     run.compute, run.waited = compute, waited
-    if run.logging:
-        for index in range(run.demands):
-            _note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
+    note_train(run)
     run.outstanding -= run.demands
     run.demands = 0
     run.busy_ns += ns - run.time
@@ -606,7 +588,7 @@ def _land(run: Any, key: Any, ns: Any) -> None:
     """Make an expert usable, and note it where the event waits for it."""
     expert = expert_of(run, key)
     expert.transfer = NONE
-    _note(run, ns, LANDED, key)
+    note(run, ns, LANDED, key)
     if expert.refresh:
         run.refresh_bytes += run.expert_bytes
     if expert.demand:
@@ -668,6 +650,13 @@ def _unqueue(run: Any, key: Any) -> None:
         transfer_of(run, newer).older = older
 
 
+@njit
+def _stop(run: Any, why: Any, over: Any) -> None:
+    """Note the first reason why the run cannot go on, and over which number."""
+    if not run.broken:
+        run.broken, run.broken_by = why, over
+
+
 # ---- counters ----------------------------------------------------------------------------------------------------
 
 
@@ -677,11 +666,3 @@ def _close_step(run: Any, step: Any) -> None:
     step.hits, step.late_hits, step.misses = run.hits, run.late_hits, run.misses
     run.computed, run.waited, run.host_idle = 0, 0, 0
     run.hits, run.late_hits, run.misses = 0, 0, 0
-
-
-@njit(forceinline=True)
-def _note(run: Any, ns: Any, what: Any, key: Any) -> None:
-    if run.logging:
-        entry = record(run.log_at, run.logged, LOG)
-        entry.ns, entry.what, entry.key, entry.event = ns, what, key, run.now
-        run.logged += 1

@@ -14,6 +14,7 @@ from numba import njit, types
 
 from policies.contract import Setting
 from sim.fast.native import overloaded
+from traces.errors import InputError
 
 BLOCK = 32
 """Residents of a block."""
@@ -68,7 +69,8 @@ def make_members(setting: Setting, policy: Any, extra: int = 0) -> Members | Non
     """Return empty pools for a policy that scores, or None for one that chooses; `extra` residents may overflow a pool."""
     if hasattr(policy, "victim"):
         return None
-    assert setting.keys < 1 << KEY_BITS, setting.keys
+    if setting.keys >= 1 << KEY_BITS:
+        raise InputError(f"{setting.keys:,} experts are too many for a policy that scores: the limit is {1 << KEY_BITS:,}")
     declared = next(vars(cls).get("STEADY") for cls in type(policy).__mro__ if "score" in vars(cls))
     blocks_of_pool = -(-(setting.capacity + extra) // BLOCK)
     first = np.concatenate([[0], np.cumsum(blocks_of_pool)])
@@ -129,7 +131,10 @@ def _insert(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> None:
     members.came[key] = members.counts[INSERTED] << KEY_BITS | key
     members.place[key] = place
     members.keys[place // BLOCK, place % BLOCK] = key
-    _show(policy, members, key, now)
+    if members.steady:
+        _show(policy, members, key, now)
+    else:  # asked for when a victim is looked for, and no sooner
+        members.stamp[place // BLOCK, place % BLOCK] = members.came[key]
 
 
 def _remove(policy: Any, members: Any, key: Any, pool: Any, now: Any) -> None:
@@ -175,7 +180,7 @@ def _show(policy: Any, members: Any, key: Any, now: Any) -> None:
 def _lowest(policy: Any, members: Any, holds: Any, pool: Any, limit: Any, now: Any) -> Any:
     if members.known[0] != members.changed[0] or not members.steady:
         members.known[0] = members.changed[0]
-        _ask_all(policy, members, now)
+        _ask_all(policy, members, holds, limit, now)
     if members.counts[PARKED]:
         _bring_back(policy, members, holds, limit, now)
     first = members.first[pool] // BLOCK
@@ -237,13 +242,15 @@ def _bring_back(policy: Any, members: Any, holds: Any, limit: Any, now: Any) -> 
 
 
 @njit(forceinline=True)
-def _ask_all(policy: Any, members: Any, now: Any) -> None:
-    """Ask the policy for the score of every resident that is not parked."""
+def _ask_all(policy: Any, members: Any, holds: Any, limit: Any, now: Any) -> None:
+    """Ask the policy for the score of every resident that is not parked; where it will be asked again, not of those held."""
     for pool in range(len(members.first)):
         for place in range(members.first[pool], members.first[pool] + members.count[pool]):
             block, row = place // BLOCK, place % BLOCK
             if members.stamp[block, row] != ABSENT:
-                members.score[block, row] = in_order(policy.score(members.keys[block, row], now))
+                key = members.keys[block, row]
+                asked = members.steady or holds[key] < limit
+                members.score[block, row] = in_order(policy.score(key, now)) if asked else ABSENT
     members.stale[:] = True
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -24,7 +26,9 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, targetconfig
+from numba.core.compiler import Flags
+from numba.core.cpu import CPUTargetOptions
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload, overload_method
 from platformdirs import user_cache_dir
@@ -37,6 +41,9 @@ PARAMETERS = 4
 
 NUMBER = (1 << 31) - 1
 """All that an expert key or a pool can be: ``key & NUMBER`` tells the compiler that an index does not count from the end."""
+
+UNUSED_SECONDS = 30 * 24 * 3600
+"""Compiled code that was not used for so long is removed."""
 
 _INT64 = ir.IntType(64)
 
@@ -84,19 +91,32 @@ def _reach(function: FunctionType, reached: dict[FunctionType, None], parts: lis
     if function in reached:
         return
     reached[function] = None
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    for number, value in enumerate([*cells, *(function.__defaults__ or ())]):
+        _take_in(f"{function.__qualname__} {number}", value, reached, parts)
     for code in _codes(function.__code__):
         for name in code.co_names:
-            value = function.__globals__.get(name)
-            value = getattr(value, "py_func", value)  # a function that its author had numba compile
-            if isinstance(value, FunctionType):
-                _reach(value, reached, parts)
-            elif isinstance(value, ModuleType):
-                file = getattr(value, "__file__", None) or ""
-                parts.append(_text(file) if "site-packages" not in file else file)
-            elif isinstance(value, np.ndarray):
-                parts.append(f"{name} {value.dtype} {value.tolist()}")
-            elif isinstance(value, (int, float, str, bytes, tuple, bool)):
-                parts.append(f"{name} {value!r}")
+            if name in function.__globals__:
+                _take_in(name, function.__globals__[name], reached, parts)
+
+
+def _take_in(name: str, value: Any, reached: dict[FunctionType, None], parts: list[str]) -> None:
+    """Collect what a function reads from outside itself."""
+    value = getattr(value, "py_func", value)  # a function that its author had numba compile
+    if isinstance(value, FunctionType):
+        _reach(value, reached, parts)
+    elif isinstance(value, ModuleType):
+        files = [
+            getattr(module, "__file__", None) or ""
+            for known, module in sys.modules.copy().items()
+            if known == value.__name__ or known.startswith(f"{value.__name__}.")
+        ]
+        installed = any("site-packages" in file for file in files)
+        parts.append(value.__name__ if installed else "".join(map(_text, sorted(files))))
+    elif isinstance(value, np.ndarray):
+        parts.append(f"{name} {value.dtype} {value.tolist()}")
+    elif isinstance(value, (int, float, str, bytes, tuple, bool, np.generic)):
+        parts.append(f"{name} {value!r}")
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -151,31 +171,26 @@ def _bare(function: Any) -> FunctionType:
     return copy
 
 
-@contextmanager
-def checked_bounds(cls: type) -> Iterator[None]:
-    """Compile policies that are not of this project so that a wrong index is an exception, as in Python."""
-    before = numba.config.BOUNDSCHECK
-    numba.config.BOUNDSCHECK = None if cls.__module__.startswith("policies.") else 1
-    try:
-        yield
-    finally:
-        numba.config.BOUNDSCHECK = before
-
-
 # ---- the disk cache ----------------------------------------------------------------------------------------------
 
 
 @cache
-def compiled(function: Callable[..., Any], of: str = "") -> Any:
+def compiled(function: Callable[..., Any], of: str = "", checked: bool = False) -> Any:
     """Return `function` as a compiled function that is kept on disk; `of` is the digest of the policy it is compiled for.
 
-    numba's own cache looks at the file of `function` only; here the folder is named by all that decides the code.
+    numba's own cache looks at the file of `function` only; here the folder is named by all that decides the code. In
+    `checked` code, and in what it calls, a wrong index is an exception, as in Python.
     """
-    digest = hashlib.sha256(f"{_engine_digest()} {of}".encode()).hexdigest()[:24]
+    folder = cache_folder() / hashlib.sha256(f"{_engine_digest()} {of}".encode()).hexdigest()[:24]
+    if folder.is_dir():
+        with suppress(OSError):  # another's, or removed just now: then only its age stays what it was
+            os.utime(folder)
+    else:
+        _forget_unused()
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(cache_folder() / digest)  # read when the decorator runs, and put back after it
+    numba.config.CACHE_DIR = str(folder)  # read when the decorator runs, and put back after it
     try:
-        return njit(cache=True)(function)
+        return njit(cache=True, boundscheck=checked)(function)
     finally:
         numba.config.CACHE_DIR = before
 
@@ -190,6 +205,15 @@ def cache_folder() -> Path:
     except OSError:
         return _temporary_folder()
     return wanted
+
+
+@cache
+def _forget_unused() -> None:
+    """Remove compiled code that no run of the last month used: every change of a source leaves some behind."""
+    for folder in cache_folder().iterdir():
+        with suppress(OSError):  # another process may be doing the same
+            if time.time() - folder.stat().st_mtime > UNUSED_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _temporary_folder() -> Path:
@@ -235,7 +259,10 @@ def entry(implementation: Callable[..., Any]) -> Any:
             pointer = inside.inttoptr(function.args[0], context.get_value_type(state_type).as_pointer())
             value = _without_owners(context, inside, state_type, inside.load(pointer))
             inner = types.int64(state_type, *[types.int64] * PARAMETERS)
-            subroutine = context.compile_subroutine(inside, implementation, inner)
+            flags = Flags()
+            flags.nrt = True
+            flags.boundscheck = targetconfig.ConfigStack().top().boundscheck
+            subroutine = context.compile_subroutine(inside, implementation, inner, flags=flags)
             # Inlined, so that all the array owners that are not there cost nothing.
             status, result = context.call_conv.call_function(
                 inside,
@@ -301,10 +328,10 @@ def bind(entries: Callable[..., Any], cls: type, state: Any, table: Any) -> Any:
     Raises ValueError for a state that is too large, and whatever numba raises for what it cannot compile.
     """
     memory = np.zeros(2048, np.int64)
-    function = compiled(entries, make_known(cls))
-    with checked_bounds(cls):
-        if not function(state, memory.ctypes.data, memory.nbytes, table):
-            raise ValueError("a policy has more arrays than there is room for")
+    # Of this project's own policies the conformance suite makes sure that they stay within their arrays.
+    function = compiled(entries, make_known(cls), checked=not cls.__module__.startswith("policies."))
+    if not function(state, memory.ctypes.data, memory.nbytes, table):
+        raise ValueError("a policy has more arrays than there is room for")
     return memory
 
 
@@ -325,6 +352,20 @@ def _without_owners(context: Any, builder: Any, kind: Any, value: Any) -> Any:
         return context.make_tuple(builder, kind, [_without_owners(context, builder, *part) for part in parts])
     return value
 
+
+def _inherit_checks(finalize: Callable[..., None]) -> Callable[..., None]:
+    """Let what a compiled function calls be checked for wrong indices if it is itself; numba inherits other options so."""
+
+    def inherit(self: Any, flags: Any, options: Any) -> None:
+        caller = targetconfig.ConfigStack.top_or_none()
+        if caller is not None and caller.boundscheck:
+            flags.boundscheck = True
+        finalize(self, flags, options)
+
+    return inherit
+
+
+CPUTargetOptions.finalize = _inherit_checks(CPUTargetOptions.finalize)
 
 # numba asks for attributes in the order in which it learned of them: fields of named tuples first, then methods of ours, so
 # that a field may be called like another policy's method.

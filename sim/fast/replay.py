@@ -13,6 +13,7 @@ from sim.events import Events
 from sim.fast.members import insert, make_members, remove, touch, victim
 from sim.fast.native import FAILED, NUMBER, bind, compiled, entry, keep, not_compiled, run_entry
 from sim.fast.run import PolicyRaised
+from sim.fast.unions import longest
 
 WRONG = -1
 """Nobody was chosen."""
@@ -46,7 +47,7 @@ def fast_misses(policy: Any, setting: Setting, events: Events) -> int | None:
     """
     if not isinstance(policy, tuple) or not len(policy) or type(policy) in not_compiled:
         return None
-    most = int(np.diff(events.offsets).max(initial=1))
+    most = max(compiled(longest)(events.offsets), 1)
     slots = Slots(
         np.zeros(setting.keys, np.bool_),
         np.zeros(setting.keys, np.int8),

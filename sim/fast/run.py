@@ -14,14 +14,15 @@ from sim.costs import Costs
 from sim.events import make_events
 from sim.fast import kernel
 from sim.fast.hooks import PLACES, Hooks, Observed, make_told
-from sim.fast.kernel import EVENTS, NOTHING, run_part
+from sim.fast.kernel import NOTHING, run_part
+from sim.fast.log import EVENTS
 from sim.fast.native import compiled
-from sim.fast.state import CELL, COMING, EXPERT, LOG, PLACE, POOL, RUN, STEP, TRANSFER
+from sim.fast.state import CELL, COMING, EXPERT, LOG, LOGGED_RUN, PLACE, POOL, RUN, STEP, TRANSFER
 from sim.fast.unions import widen_halves
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
-PART = 1 << 15
+PART = 1 << 16
 """Routed tokens times layers of one part of a run: what is copied of a trace at a time."""
 
 LOG_ROOM = 1 << 16
@@ -58,10 +59,11 @@ class _FastRun:
         self.system, self.workload, self.costs, self.log = system, workload, costs, log
         self.steps = make_steps(workload, costs)
         self.tables = make_tables(system, logging=log is not None)
-        self.told = make_told(system.setting)
+        self.told = make_told(system.setting, self.tables["experts_at"]["resident"])
         self.hooks = Hooks(system, self.told, interpret=interpret)
-        self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers)
-        self.run["logging"], self.run["log_room"] = log is not None, len(self.tables["log_at"])
+        self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers, logging=log is not None)
+        if log is not None:
+            self.run["log_room"] = len(self.tables["log_at"])
         self._point_to(self.tables)
         self._point_to({f"{name}_at": getattr(self.told, name) for name in ("holds", "hits", "misses", "seen", "ids")})
         self._point_to({"expert_ns_at": costs.expert_ns})
@@ -128,7 +130,7 @@ class _FastRun:
     def _point_to(self, arrays: dict[str, Any]) -> None:
         """Write the addresses of `arrays`, by field, into the record of the run, and keep them alive."""
         for name, array in arrays.items():
-            if name not in (RUN.names or ()):
+            if name not in self.run.dtype.names:
                 continue
             assert array.flags.c_contiguous, name
             self.run[name] = array.ctypes.data
@@ -139,14 +141,14 @@ class _FastRun:
         trace: Any = self.workload.trace
         needs = self.system.composition.needs
         layers = self.system.setting.layers
-        ranked, logits = np.zeros((0, layers, 0, 0), np.int8), np.zeros((0, layers, 0), np.float32)
+        ranked, values = np.zeros((0, layers, 0, 0), np.int8), np.zeros((0, layers, 0), np.float32)
         return Observed(
             experts=trace.experts[rows],
-            weights=self._wide("weights", trace.weights[rows]),
+            weights=self._wide("weights", trace.weights[rows]) if "weights" in needs else values,
             request=trace.request[rows].astype(np.int64),
             lookahead_experts=trace.lookahead_experts[rows] if "lookahead" in needs else ranked,
             lookahead_scores=self._wide("scores", trace.lookahead_scores[rows] if "lookahead" in needs else ranked),
-            router_logits=self._wide("logits", trace.router_logits[rows]) if "logits" in needs else logits,
+            router_logits=self._wide("logits", trace.router_logits[rows]) if "logits" in needs else values,
         )
 
     def _wide(self, name: str, values: Any) -> Any:
@@ -184,9 +186,9 @@ class _FastRun:
 # ---- what a run begins with --------------------------------------------------------------------------------------
 
 
-def make_run(system: System, costs: Costs, events: int) -> Any:
+def make_run(system: System, costs: Costs, events: int, logging: bool) -> Any:
     """Return the record of a run of `events` events that has not begun."""
-    run = np.zeros(1, RUN)
+    run = np.zeros(1, LOGGED_RUN if logging else RUN)
     setting, composition = system.setting, system.composition
     values = {
         **{name: getattr(costs, name) for name in RUN.names or () if hasattr(costs, name)},

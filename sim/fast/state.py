@@ -35,10 +35,10 @@ RUN = np.dtype(
             *("prefetches", "cancelled", "predicted", "predicted_and_needed", "needed_after_prediction"),
             *("taken", "peak_slots", "demand_bytes", "useful_bytes", "late_bytes", "wasted_bytes", "refresh_bytes"),
             *("hits", "late_hits", "misses", "host_idle", "waited", "computed"),
-            # log: whether there is one, entries, and room for them; why the run stopped, and over which number
-            *("logging", "logged", "log_room", "broken", "broken_by"),
+            # why the run stopped, and over which number
+            *("broken", "broken_by"),
             # addresses: tables of records
-            *("experts_at", "transfers_at", "pools_at", "places_at", "coming_at", "steps_at", "log_at"),
+            *("experts_at", "transfers_at", "pools_at", "places_at", "coming_at", "steps_at"),
             # arrays that policies see (sim.fast.hooks.Told)
             *("holds_at", "hits_at", "misses_at", "seen_at", "ids_at"),
             # events of the present part of the trace
@@ -51,6 +51,10 @@ RUN = np.dtype(
     align=True,
 )
 """One run: every single number of it."""
+
+LOGGED_RUN = np.dtype([(name, np.int64) for name in ("logged", "log_room", "log_at", *(RUN.names or ()))], align=True)
+"""One run that keeps a log: entries, room for them, and where they are. These stand first, or numba would take it for a RUN
+with something added and warn of that."""
 
 NONE, QUEUED, STARTED = 0, 1, 2
 """What an expert's transfer is: there is none; it waits for the link; it has moved a chunk, or is about to."""
@@ -89,10 +93,12 @@ PLACE = np.dtype(
         ("held", np.int32),
         ("awaited", np.int32),
         ("demand", np.int32),
+        ("wanted", np.int32),
     ],
     align=True,
 )
-"""[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed)."""
+"""[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed),
+and what is to be prefetched for the event that is being predicted."""
 
 COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64), ("first_key", np.int64), ("cells_at", np.int64)])
 """[depth + 1] of a coming event: experts predicted (-1: no prediction), how many took a slot for it, its layer's first key,

@@ -37,6 +37,14 @@ def unions(experts: Any, step_offsets: Any, expert_count: int) -> Any:
     return offsets, keys[:filled], tokens[:filled]
 
 
+def longest(offsets: Any) -> Any:
+    """Return how many keys the largest event has."""
+    most = 0
+    for event in range(len(offsets) - 1):
+        most = max(most, offsets[event + 1] - offsets[event])
+    return most
+
+
 def next_uses(offsets: Any, keys: Any, key_count: int, never: int) -> Any:
     """Return for every access the next event that needs the same key, and for every key the first event."""
     following = np.empty(len(keys), np.int64)

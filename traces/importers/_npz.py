@@ -45,7 +45,7 @@ class NpzArchive:
             raise InputError(f"{path}: this is a folder; an .npz archive is one file") from None
         except (*_UNPACKING, ValueError, struct.error) as error:
             raise InputError(
-                f"{path}: this is no whole .npz archive ({error}); it may be truncated or another format"
+                f"{path}: this is no whole .npz archive ({error}); it may be truncated or another format (format=NAME)"
             ) from None
         try:
             self._check(max_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from traces.checks import MOST_EXPERTS, expert_dtype
 from traces.errors import InputError
+from traces.files import file_sha256
 from traces.trace import DECODE, Array, Provenance
 
 MAX_BYTES = 2**31
@@ -116,12 +116,6 @@ def one_by_one(request: Array, phase: Array) -> Array:
     begins = np.ones(len(request), bool)
     begins[1:] = (phase[1:] == DECODE) | (request[1:] != request[:-1]) | (phase[1:] != phase[:-1])
     return (np.cumsum(begins) - 1).astype(np.int32)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of the file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def imported(path: Path, module: str, unknown: Sequence[str], options: Mapping[str, Any], **details: Any) -> Provenance:

@@ -1,4 +1,4 @@
-"""Plain arrays in an `.npz` archive, as in `../shared/traces`.
+"""Plain arrays in an `.npz` archive, as NumPy saves them.
 
 ``experts`` [T, L, K] in descending weight, ``weights`` [T, L, K], ``offsets`` [N + 1] (request i is rows
 offsets[i] to offsets[i + 1]) and ``meta``, the bytes of a JSON object: model, num_layers, num_experts,
@@ -25,8 +25,9 @@ import numpy as np
 
 from traces.checks import expert_dtype
 from traces.errors import InputError
+from traces.files import file_sha256
 from traces.importers._npz import NpzArchive
-from traces.importers._source import LAST_POSITION, file_sha256, one_by_one, whole
+from traces.importers._source import LAST_POSITION, one_by_one, whole
 from traces.trace import DECODE, PREFILL, Array, ModelSpec, Provenance, Trace
 
 _PHASES = {"prefill": PREFILL, "decode": DECODE}

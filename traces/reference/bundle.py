@@ -1,139 +1,114 @@
-"""Make the bundled recording from the full one: ``python -m traces.reference.bundle PATH_TO_NPZ``.
-
-The full recording (37 MB, `../shared/reference_trace`) is of a small MoE that this project trained. The
-bundled part keeps two requests of each domain, their prefill and the first decode tokens, and the best 16
-of 24 lookahead predictions.
-"""
+"""Step 5: the part of a recording that comes with the package, and what it says about where it comes from."""
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from traces.checks import present_arrays
 from traces.errors import InputError
 from traces.files import save_trace
-from traces.importers import import_trace
-from traces.slices import slice_requests
-from traces.trace import ModelSpec, Provenance, Trace
+from traces.reference.models import ReferenceModel
+from traces.reference.parts import load_parts
+from traces.slices import first_tokens, join_requests
+from traces.trace import Provenance, Trace
 
-TARGET = Path(__file__).parents[1] / "data" / "reference_16x64_top8.safetensors"
-SIZE_LIMIT = 12_000_000
-"""Bytes that the bundled file may have: it is downloaded with every installation."""
-
-REQUESTS_PER_DOMAIN = 2
-TOKENS_PER_REQUEST = 160
-"""64 of prefill and 96 of decode."""
-PREDICTIONS = 16
-"""Lookahead predictions kept, twice top-k."""
-
-HIDDEN, WIDTH, LAYERS, EXPERTS, VOCABULARY = 512, 256, 16, 64, 16_384
-BF16 = 2
-"""Bytes of one parameter."""
+DATA = Path(__file__).parents[1] / "data"
 
 
-def model_spec() -> ModelSpec:
-    """Return the recorded model's shape and sizes, from its configuration (428.4 M parameters in all)."""
-    expert = 3 * HIDDEN * WIDTH
-    attention = 4 * HIDDEN * HIDDEN
-    norms = 4 * HIDDEN  # before attention and experts, and of queries and keys
-    gate = EXPERTS * HIDDEN
-    # The embedding counts once, because the output head is tied to it; then the last norm.
-    other = VOCABULARY * HIDDEN + LAYERS * (attention + norms + gate) + HIDDEN
-    return ModelSpec(
-        name="foregate reference MoE (OLMoE architecture)",
-        layers=LAYERS,
-        experts=EXPERTS,
-        top_k=8,
-        hidden_size=HIDDEN,
-        expert_width=WIDTH,
-        expert_bytes={"bf16": expert * BF16},
-        other_bytes=other * BF16,
-        kv_bytes_per_token=LAYERS * 2 * HIDDEN * BF16,  # as many key and value heads as query heads
-    )
+def bundle(reference: ReferenceModel, folder: Path, target: Path) -> Trace:
+    """Write the part of the recording in `folder` that is bundled to `target`, and return it.
 
+    `folder` is what a run wrote: ``NAME.run.json`` and ``NAME-1.safetensors`` and on.
 
-def make_bundle(recording: Path) -> Trace:
-    """Return the part of the full recording at `recording` that is bundled.
-
-    Raises `InputError` when the file is not that recording.
+    Raises `InputError` when the folder lacks one, they do not belong together, or the part is larger than it may be; what
+    was at `target` is then untouched.
     """
-    whole = import_trace(recording, "plain_arrays")
-    if whole.model.layers != LAYERS or whole.lookahead_experts is None or whole.lookahead_scores is None:
-        raise InputError(f"{recording}: this is not the reference recording, 16 layers with lookahead")
-    part = slice_requests(whole, _chosen_requests(whole.domains))
-    rows = np.flatnonzero(part.position < TOKENS_PER_REQUEST)
-    arrays: dict[str, Any] = {name: array[rows] for name, array in present_arrays(part).items()}
-    arrays["step"] = np.unique(arrays["step"], return_inverse=True)[1].astype(np.int32)
-    for name in ("lookahead_experts", "lookahead_scores"):
-        arrays[name] = arrays[name][..., :PREDICTIONS]
-    source_hash = str(whole.provenance.details["file_sha256"])
-    return Trace(model_spec(), _provenance(recording.name, source_hash), part.domains, **arrays)
+    about = read_run(folder, reference)
+    parts = load_parts(folder, reference.name)
+    _check_parts(folder, reference, about, parts)
+    chosen = parts[: reference.bundled.rounds]
+    part = first_tokens(join_requests(chosen), reference.bundled.tokens)
+    part = replace(part, model=replace(part.model, name=reference.title), provenance=_provenance(reference, about, chosen))
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        written = Path(scratch) / target.name
+        save_trace(part, written)
+        size, limit = written.stat().st_size, reference.bundled.most_bytes
+        if size > limit:
+            raise InputError(
+                f"{target}: it would have {size:,} bytes and may have {limit:,}; lower bundled.tokens of {reference.name}"
+            )
+        os.replace(written, target)
+    return part
 
 
-def _chosen_requests(domains: tuple[str, ...]) -> list[int]:
-    """Return the first requests of each domain."""
-    earlier = [domains[:request].count(domain) for request, domain in enumerate(domains)]
-    return [request for request, count in enumerate(earlier) if count < REQUESTS_PER_DOMAIN]
+def read_run(folder: Path, reference: ReferenceModel) -> dict[str, Any]:
+    """Return what the run says about itself.
+
+    Raises `InputError` when there is none, it did not come to its recordings, or it is of other settings.
+    """
+    path = folder / f"{reference.name}.run.json"
+    try:
+        about = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; `python -m traces.reference train` writes it") from None
+    except ValueError as error:
+        raise InputError(f"{path}: this is no JSON ({error}); run the training again") from None
+    if not isinstance(about, dict) or not about.get("recordings"):
+        raise InputError(f"{path}: the run has no 'recordings'; it ended before the first was written")
+    # What is bundled may be chosen anew; what was trained and recorded may not.
+    now, then = json.loads(json.dumps(reference.as_json())), about.get("reference", {})
+    for field in now:
+        if field != "bundled" and now[field] != then.get(field):
+            raise InputError(
+                f"{path}: reference.{field} is {then.get(field)!r}; the settings of {reference.name} differ now"
+            )
+    return about
 
 
-def _provenance(file: str, file_hash: str) -> Provenance:
+def _check_parts(folder: Path, reference: ReferenceModel, about: Mapping[str, Any], parts: Sequence[Trace]) -> None:
+    said = [recording["hash"] for recording in about["recordings"]]
+    found = [part.hash for part in parts]
+    if found != said:
+        raise InputError(
+            f"{folder}: the parts are not those that {reference.name}.run.json lists; copy all of one run again"
+        )
+    if len(parts) < reference.bundled.rounds:
+        raise InputError(f"{folder}: {len(parts)} rounds were recorded; {reference.bundled.rounds} are bundled")
+
+
+def _provenance(reference: ReferenceModel, about: Mapping[str, Any], parts: Sequence[Trace]) -> Provenance:
+    # The run says it better: it knows the version even where none is installed.
+    better_said = ("part_of", "source", "foregate")
+    recorder = {name: value for name, value in parts[0].provenance.details.items() if name not in better_said}
+    recordings = list(dict.fromkeys(recording["recorded"] for recording in about["recordings"][: len(parts)]))
+    training = {name: value for name, value in about["training"].items() if name not in ("log", "log_columns")}
+    settings = reference.as_json()
     return Provenance(
         kind="recorded",
-        source="a MoE that this project trained on the text of Debian packages, writing on held-out text",
-        made_by="foregate traces.reference.bundle 1",
+        source="a MoE that this project trained on the text of Debian and Python packages, writing on held-out text",
+        made_by="foregate traces.reference.bundle 2",
         details={
-            "file": file,
-            "file_sha256": file_hash,
+            "recording_hashes": recordings,
             "part": {
-                "requests": "the first 2 of 4 in each of 7 domains",
-                "tokens": "the first 160 of 320 in each request: 64 of prompt, 96 sampled",
-                "predictions": "the best 16 of 24",
+                "requests": f"the first {reference.bundled.rounds} of {len(about['recordings'])} in each domain",
+                "tokens": f"the first {reference.bundled.tokens} of each request",
             },
-            "prompt": "64 tokens of held-out text",
-            "temperature": 0.8,
-            "precision": "bf16, with KV cache",
-            "date": "2026-11-22",
-            "torch": "2.11.0+cu130",
-            "transformers": "5.17.0",
-            "device": "H100 80GB",
-            "training": {
-                "seed": 1,
-                "tokens": 104_800_000,
-                "load_balancing_loss": "0.01, per layer",
-                "z_loss": 0.001,
-                "sequence": 1024,
-                "batch": 32,
-                "optimizer": "AdamW (0.9, 0.95), weight decay 0.1, peak rate 1.5e-3, cosine",
-            },
-            "held_out_loss_nats_per_token": {
-                "prose_en": 3.36,
-                "dictionary_en": 2.09,
-                "docs_multilingual": 2.21,
-                "docs_kernel": 2.48,
-                "docs_tech": 2.08,
-                "code_c": 1.51,
-                "code_python": 1.85,
-            },
-            "steps": "as if requests ran one after another; they were decoded as one batch",
+            "steps": "as if requests ran one after another; they were decoded in batches",
+            "recorder": {**recorder, **about["recorder"]},
+            "architecture": reference.architecture,
+            "shape": settings["shape"],
+            "seed": reference.seed,
+            "training": {**settings["training"], **training},
+            "parameters": about["parameters"],
+            "active_parameters": about["active_parameters"],
+            "held_out_loss_nats_per_token": about["held_out_loss"],
+            "tokens_manifest_sha256": about["tokens_manifest_sha256"],
+            "versions": about["versions"],
+            "device": about["device"],
         },
     )
-
-
-def main() -> None:
-    """Write the bundled file; the command line's entry."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recording", type=Path, help="reference_moe_16x64_top8.npz")
-    trace = make_bundle(parser.parse_args().recording)
-    save_trace(trace, TARGET)
-    size = TARGET.stat().st_size
-    if size > SIZE_LIMIT:
-        TARGET.unlink()
-        raise InputError(f"{TARGET}: {size:,} bytes; the bundled file may have {SIZE_LIMIT:,}")
-
-
-if __name__ == "__main__":
-    main()
