@@ -19,7 +19,18 @@ from rich.console import Console
 import traces
 from policies.system import AXES
 from sim.compare import compare
-from sim.config import Config, check_types, compose_config, expand, groups, name_system, options, quoted, readable
+from sim.config import (
+    Config,
+    check_types,
+    compose_config,
+    expand,
+    groups,
+    name_system,
+    one_of,
+    options,
+    quoted,
+    readable,
+)
 from sim.experiment import simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
@@ -30,6 +41,8 @@ USAGE = """foregate VERB [overrides]
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
   trace record            a real model's routing, as it generates (needs torch and transformers)
+  validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
+  calibrate               measure this machine and write its hardware profile
   trace import FILE       another program's recording into a trace file
   trace inspect [FILE]    what a trace's routing is like
   trace synthesize        routing with the statistics of a published model
@@ -37,7 +50,8 @@ USAGE = """foregate VERB [overrides]
 
 Overrides choose (trace=, workload=, hardware=, model=, system=, budget=), swap one part of a system (predictor=, prefetch=,
 eviction=, allocation=, miss=) or set a value (prefetch.depth=2). `foregate VERB --cfg` prints the resulting configuration;
---config-dir DIR adds options of your own; --json prints JSON instead of tables (compare, trace inspect).
+--config-dir DIR adds options of your own; --json prints JSON instead of tables (compare, validate, trace
+inspect).
 """
 
 
@@ -227,6 +241,37 @@ def _trace_synthesize(words: list[str]) -> int:
     return 0
 
 
+def _validate(words: list[str]) -> int:
+    from real.validate import print_reports, reports_dict, validate
+
+    overrides, config_dir = _options("validate", words)
+    if overrides is None:
+        return 0
+    reports, hardware, timeline = validate(overrides, config_dir)
+    if "json=true" in overrides:
+        print(json.dumps(reports_dict(reports), indent=1))  # noqa: T201
+    else:
+        print_reports(_out(), reports, hardware)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"timeline: {timeline}", markup=False)
+    return 0
+
+
+def _calibrate(words: list[str]) -> int:
+    config = _settings("calibrate", words, "out")
+    if config is None:
+        return 0
+    from real.calibration import calibrate  # torch takes seconds to import, and need not be there
+
+    one_of("base", config["base"], options("hardware"))
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in calibrate(config["out"], config["base"], lambda what: errors.print(what, markup=False)):
+        errors.print(sentence, markup=False)
+    _out().print(
+        f"{config['out']}: put its folder's parent into --config-dir and choose it with hardware=NAME", highlight=False
+    )
+    return 0
+
+
 def _list(words: list[str]) -> int:
     known = [*groups(), "formats"]
     for word in words:
@@ -255,6 +300,8 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
+    "validate": _validate,
+    "calibrate": _calibrate,
     "trace import": _trace_import,
     "trace record": _trace_record,
     "trace inspect": _trace_inspect,

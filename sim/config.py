@@ -37,6 +37,7 @@ _TYPES = {
     "prompts": ((str,), "a file"),
     "format": ((str,), "a text"),
     "out": ((str, type(None)), "a file"),
+    "base": ((str,), "a profile"),
     "options": ((dict,), "a mapping such as {NAME: VALUE}"),
     "recipe": ((str,), "a text"),
     "parameters": ((dict,), "a mapping such as {NAME: VALUE}"),

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from policies.contract import Ints
-from sim.hardware import Hardware
+from sim.hardware import Curve, Hardware
 from traces.errors import InputError, nearest
 from traces.trace import ModelSpec
 
 NS = 10**9
 """Nanoseconds in a second."""
+
+NO_READOUT = -1
+"""The host issues the next step without having read the outcome of this one."""
 
 
 class Costs(NamedTuple):
@@ -45,6 +48,10 @@ class Costs(NamedTuple):
     """Bytes of one expert."""
     chunk_bytes: int
     """Bytes of every chunk but the last."""
+    link_start_ns: int = 0
+    """By how much longer the first chunk takes on a link that was idle."""
+    step_readout_ns: int = NO_READOUT
+    """From the end of a step on the device until the host goes on; `NO_READOUT` where it does not wait for that end."""
 
 
 def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints, precision: str = "bf16") -> Costs:
@@ -61,6 +68,7 @@ def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints
     expert_bytes = _expert_bytes(model, precision)
     chunk_bytes = min(hardware.chunk_bytes, expert_bytes)
     chunks = _ceil_divide(expert_bytes, chunk_bytes)
+    train = hardware.h2d_train or hardware.h2d  # what a copy takes behind another one
     # Python's whole numbers: bytes times 1e9 leaves 64 bits, and a float could round the wrong way.
     attention = [
         max(
@@ -85,20 +93,22 @@ def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints
         attention_ns=np.array(attention, np.int64) + hardware.layer_launch_ns,
         expert_ns=np.array([0, *expert], np.int64),
         chunks=chunks,
-        chunk_ns=link_ns(hardware, chunk_bytes),
-        last_chunk_ns=link_ns(hardware, expert_bytes - (chunks - 1) * chunk_bytes),
+        chunk_ns=link_ns(train, chunk_bytes),
+        last_chunk_ns=link_ns(train, expert_bytes - (chunks - 1) * chunk_bytes),
         expert_bytes=expert_bytes,
         chunk_bytes=chunk_bytes,
+        link_start_ns=max(0, link_ns(hardware.h2d, chunk_bytes) - link_ns(train, chunk_bytes)),
+        step_readout_ns=NO_READOUT if hardware.step_readout_ns is None else hardware.step_readout_ns,
     )
 
 
 def with_free_link(costs: Costs) -> Costs:
     """Return the same costs with transfers that take no time: what remains is compute and host."""
-    return costs._replace(chunk_ns=0, last_chunk_ns=0)
+    return costs._replace(chunk_ns=0, last_chunk_ns=0, link_start_ns=0)
 
 
 def transfer_ns(costs: Costs) -> int:
-    """Return how long one expert occupies the link."""
+    """Return how long one expert occupies a link that was busy before."""
     return (costs.chunks - 1) * costs.chunk_ns + costs.last_chunk_ns
 
 
@@ -113,12 +123,11 @@ def decode_layer_ns(costs: Costs, top_k: int) -> int:
     return costs.readout_ns + costs.host_experts_ns + max(compute_ns, costs.host_gate_ns)
 
 
-def link_ns(hardware: Hardware, size: int) -> int:
-    """Return the time of one host-to-device copy of `size` bytes: linear between the points of the curve.
+def link_ns(curve: Curve, size: int) -> int:
+    """Return the time of one host-to-device copy of `size` bytes: linear between the points (bytes, ns) of `curve`.
 
     Below the first point a copy takes as long as there; beyond the last one the last segment goes on.
     """
-    curve = hardware.h2d
     if size <= curve[0][0]:
         return curve[0][1]
     end = next((index for index, point in enumerate(curve) if size <= point[0]), len(curve) - 1)

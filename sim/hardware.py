@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from traces.errors import InputError, nearest
@@ -18,7 +18,11 @@ _POSITIVE, _FROM_ZERO = 1, 0
 
 # group -> constant -> (unit, smallest value that makes sense)
 _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
-    "link": {"h2d": (CURVE_UNIT, _POSITIVE), "chunk_bytes": ("bytes", _POSITIVE)},
+    "link": {
+        "h2d": (CURVE_UNIT, _POSITIVE),
+        "h2d_train": (CURVE_UNIT, _POSITIVE),
+        "chunk_bytes": ("bytes", _POSITIVE),
+    },
     "compute": {
         "memory_bandwidth": ("bytes/s", _POSITIVE),
         "flops": ("flop/s", _POSITIVE),
@@ -31,11 +35,18 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
         "gate_issue_ns": ("ns", _FROM_ZERO),
         "expert_issue_ns": ("ns", _FROM_ZERO),
         "step_ns": ("ns", _FROM_ZERO),
+        "step_readout_ns": ("ns", _FROM_ZERO),
     },
     "device": {"memory_bytes": ("bytes", _POSITIVE)},
 }
 
-Value = int | tuple[tuple[int, int], ...]
+OPTIONAL = ("link.h2d_train", "host.step_readout_ns")
+"""Constants that a profile may lack; the memory model then lacks the term."""
+
+Curve = tuple[tuple[int, int], ...]
+"""Points (bytes, ns) by rising bytes."""
+
+Value = int | Curve
 """A whole number, or the points of a curve."""
 
 
@@ -49,6 +60,8 @@ class Constant(NamedTuple):
     tag: str
     """One of `TAGS`."""
     source: str
+    spread: tuple[tuple[int, int], ...] = ()
+    """10th and 90th percentile of what was measured: one pair for a number, one per point for a curve; or nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,8 @@ class Hardware:
     """
 
     name: str
-    h2d: tuple[tuple[int, int], ...]
-    """Points (bytes, ns) of one host-to-device copy, by rising bytes."""
+    h2d: Curve
+    """One host-to-device copy on a link that was idle."""
     chunk_bytes: int
     """An expert crosses the link in copies of at most this many bytes."""
     memory_bandwidth: int
@@ -83,8 +96,14 @@ class Hardware:
     """Host time once per step."""
     memory_bytes: int
     """Device memory."""
+    h2d_train: Curve | None = None
+    """One host-to-device copy behind another one; None where it was not measured apart."""
+    step_readout_ns: int | None = None
+    """From the end of a step on the device until the host goes on; None where the host does not wait for that end."""
     constants: tuple[Constant, ...] = ()
     """Every figure above with its source."""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """What a calibration noted besides: device, driver, versions, and measurements that the memory model does not use."""
 
     def provenance(self) -> list[Constant]:
         """Return (name, value, unit, tag, source) of every constant, in the order of the YAML."""
@@ -99,16 +118,19 @@ class Hardware:
 def make_hardware(profile: Mapping[str, Any]) -> Hardware:
     """Check a profile and return it as `Hardware`.
 
-    A profile has a `name` and the groups ``link``, ``compute``, ``host`` and ``device``; every constant is a
-    mapping of `value`, `unit`, `tag` and `source`. Raises InputError that names the field, its value and what
-    is right.
+    A profile has a `name` and the groups ``link``, ``compute``, ``host`` and ``device``; every constant is a mapping of
+    `value`, `unit`, `tag`, `source` and, if it likes, `spread`. A mapping `machine` is kept as it is. Raises InputError
+    that names the field, its value and what is right.
     """
-    _same_keys("hardware", profile, ("name", *_LAYOUT))
+    _same_keys("hardware", profile, ("name", *_LAYOUT), ("name", *_LAYOUT, "machine"))
     name = _text("hardware.name", profile["name"])
     constants: dict[str, Constant] = {}
     for group, layout in _LAYOUT.items():
-        _same_keys(f"hardware.{group}", profile[group], layout)
+        required = [key for key in layout if f"{group}.{key}" not in OPTIONAL]
+        _same_keys(f"hardware.{group}", profile[group], required, layout)
         for key, (unit, smallest) in layout.items():
+            if key not in profile[group]:
+                continue
             constants[f"{group}.{key}"] = _constant(f"{group}.{key}", profile[group][key], unit, smallest)
 
     def number(of: str) -> int:
@@ -116,11 +138,14 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         assert isinstance(value, int)
         return value
 
-    curve = constants["link.h2d"].value
-    assert isinstance(curve, tuple)
+    def curve(of: str) -> Curve:
+        value = constants[of].value
+        assert isinstance(value, tuple)
+        return value
+
     return Hardware(
         name=name,
-        h2d=curve,
+        h2d=curve("link.h2d"),
         chunk_bytes=number("link.chunk_bytes"),
         memory_bandwidth=number("compute.memory_bandwidth"),
         flops=number("compute.flops"),
@@ -132,7 +157,10 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         expert_issue_ns=number("host.expert_issue_ns"),
         host_step_ns=number("host.step_ns"),
         memory_bytes=number("device.memory_bytes"),
+        h2d_train=curve("link.h2d_train") if "link.h2d_train" in constants else None,
+        step_readout_ns=number("host.step_readout_ns") if "host.step_readout_ns" in constants else None,
         constants=tuple(constants.values()),
+        machine=dict(_mapping("hardware.machine", profile.get("machine") or {})),
     )
 
 
@@ -147,7 +175,7 @@ def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> M
             raise InputError("model.name is 'trace', but there is no trace to ask: choose a model with model=NAME")
         return recorded
     required = ("name", "layers", "experts", "top_k")
-    _same_keys("model", sizes, required, [field.name for field in fields(ModelSpec)])
+    _same_keys("model", sizes, required, [each.name for each in fields(ModelSpec)])
     found: dict[str, Any] = {"name": _text("model.name", sizes["name"])}
     for key in ("layers", "experts", "top_k"):
         found[key] = _whole(f"model.{key}", sizes[key], _POSITIVE)
@@ -169,7 +197,8 @@ def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> M
 
 def _constant(name: str, entry: Any, unit: str, smallest: int) -> Constant:
     where = f"hardware.{name}"
-    _same_keys(where, entry, ("value", "unit", "tag", "source"))
+    required = ("value", "unit", "tag", "source")
+    _same_keys(where, entry, required, (*required, "spread"))
     if entry["unit"] != unit:
         raise InputError(f"{where}.unit is '{entry['unit']}': it must be '{unit}'")
     if entry["tag"] not in TAGS:
@@ -179,10 +208,29 @@ def _constant(name: str, entry: Any, unit: str, smallest: int) -> Constant:
         if unit == CURVE_UNIT
         else _whole(f"{where}.value", entry["value"], smallest, unit)
     )
-    return Constant(name, value, unit, entry["tag"], _text(f"{where}.source", entry["source"]))
+    source = _text(f"{where}.source", entry["source"])
+    return Constant(name, value, unit, entry["tag"], source, _spread(f"{where}.spread", entry.get("spread"), value))
 
 
-def _curve(where: str, points: Any) -> tuple[tuple[int, int], ...]:
+def _spread(where: str, spread: Any, value: Value) -> tuple[tuple[int, int], ...]:
+    """Return pairs (10th, 90th percentile): one for a number, one for every point of a curve."""
+    if spread is None:
+        return ()
+    pairs = spread if isinstance(value, tuple) else [spread]
+    count = len(value) if isinstance(value, tuple) else 1
+    if not isinstance(pairs, (list, tuple)) or len(pairs) != count:
+        raise InputError(f"{where} is {spread!r}: it must be one pair [10th percentile, 90th] per point of the curve")
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise InputError(f"{where} holds {pair!r}: it must be a pair [10th percentile, 90th]")
+    found = tuple((_whole(where, low, _FROM_ZERO), _whole(where, high, _FROM_ZERO)) for low, high in pairs)
+    for low, high in found:
+        if low > high:
+            raise InputError(f"{where} holds [{low}, {high}]: the 10th percentile is above the 90th")
+    return found
+
+
+def _curve(where: str, points: Any) -> Curve:
     """Return the points of a curve; bytes must rise, time must not fall."""
     if not isinstance(points, (list, tuple)) or len(points) < 2:
         raise InputError(f"{where} is {points!r}: it must be a list of at least two points {CURVE_UNIT}")

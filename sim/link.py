@@ -53,6 +53,7 @@ class Link:
         self.chunks = costs.chunks
         self.chunk_ns = costs.chunk_ns
         self.last_chunk_ns = costs.last_chunk_ns
+        self.start_ns = costs.link_start_ns
         self._start, self._landed, self._pause = start, landed, pause
         self.demand: deque[Transfer] = deque()
         self.prefetch: deque[Transfer] = deque()
@@ -63,6 +64,9 @@ class Link:
         self.busy_ns = 0
         """Time spent moving bytes, counted when a transfer ends or pauses."""
         self.moving_since = 0
+        """When the chunks of what moves began to follow one another; an idle link needs `start_ns` before."""
+        self.free_since = -1
+        """When the link last ended a transfer, or let it pause."""
         self._alarm: _Alarm | None = None
         """The alarm that counts; older ones were overtaken by a pause."""
 
@@ -90,9 +94,16 @@ class Link:
             if transfer.started or self._start(transfer, self.env.now):
                 transfer.started = True
                 self.moving = transfer
-                self.moving_since = self.env.now
-                self._call_after((transfer.chunks_left - 1) * self.chunk_ns + self.last_chunk_ns, self._end)
+                start_ns = self._wake()
+                self._call_after(start_ns + (transfer.chunks_left - 1) * self.chunk_ns + self.last_chunk_ns, self._end)
                 return
+
+    def _wake(self) -> int:
+        """Note that the link moves from now on; return what the first chunk takes longer if it was idle before."""
+        start_ns = 0 if self.free_since == self.env.now else self.start_ns
+        self.busy_ns += start_ns
+        self.moving_since = self.env.now + start_ns
+        return start_ns
 
     def _serve_demands(self) -> None:
         """Serve the waiting demands as one train.
@@ -100,20 +111,23 @@ class Link:
         Nothing interrupts them, and all that could change a slot meanwhile waits for them, so each starts when the one
         before it ends: one event at the end of the train instead of one per transfer.
         """
-        self.moving_since = now = self.env.now
+        starts = now = self.env.now
+        now += self._wake()
         for transfer in self.demand:
             if not transfer.started:
-                self._start(transfer, now)
+                self._start(transfer, starts)
                 transfer.started = True
             now += (transfer.chunks_left - 1) * self.chunk_ns + self.last_chunk_ns
+            starts = now
             self.train.append((now, transfer))
         self.demand.clear()
         self.moving = transfer
-        self._call_after(now - self.moving_since, self._end_train)
+        self._call_after(now - self.env.now, self._end_train)
 
     def _end_train(self, alarm: Any) -> None:
         """Hand over the demands of a train."""
         self.busy_ns += self.env.now - self.moving_since
+        self.free_since = self.env.now
         train, self.train, self.moving = self.train, [], None
         for landed_ns, transfer in train:
             self._landed(transfer, landed_ns)
@@ -139,6 +153,7 @@ class Link:
             self._call_after((transfer.chunks_left - 1 - chunks) * self.chunk_ns + self.last_chunk_ns, self._end)
             return
         self.busy_ns += elapsed
+        self.free_since = self.env.now
         transfer.chunks_left -= chunks
         transfer.chunks_moved += chunks
         if self._pause(transfer):
@@ -153,6 +168,7 @@ class Link:
         self.busy_ns += self.env.now - self.moving_since
         transfer.chunks_moved += transfer.chunks_left
         transfer.chunks_left = 0
+        self.free_since = self.env.now
         self.moving = None
         self._landed(transfer, self.env.now)
         self._serve()

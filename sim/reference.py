@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import simpy
 
-from policies.contract import Seen
 from policies.residency import AWAITED, FREE, HELD, ContractError, Residency, no_prediction, no_victim
 from policies.system import System
-from sim.costs import Costs
+from sim.costs import NO_READOUT, Costs
 from sim.link import Link, Transfer
+from sim.observations import Observations
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
@@ -69,7 +69,7 @@ class _Engine:
         self.union_takes = costs.expert_ns[self.events.tokens].tolist()
         """Compute time of every routed expert, ns."""
         self.union_starts = self.events.offsets.tolist()
-        self.observed = _Observed(workload, system.composition.needs)
+        self.observed = Observations(workload, system.composition.needs)
         self.ids = np.zeros(self.events.experts, np.int64)
         self.scores = np.zeros(self.events.experts, np.float64)
 
@@ -104,6 +104,8 @@ class _Engine:
             self.computed += step_ns
             self.host_idle += step_end - compute - step_ns
             compute = step_end
+            if costs.step_readout_ns != NO_READOUT:
+                host = compute + costs.step_readout_ns
             self._close_step()
         yield env.timeout(compute - env.now)
 
@@ -411,44 +413,3 @@ class _Engine:
             peak_slots=self.peak_slots,
             log=self.log,
         )
-
-
-class _Observed:
-    """The trace as the policies see it, one event at a time."""
-
-    def __init__(self, workload: Workload, needs: frozenset[str]) -> None:
-        trace, rows = workload.trace, workload.rows
-        self.starts = workload.offsets.tolist()
-        self.experts = trace.experts[rows]
-        self.request = workload.request
-        self.weights = self.lookahead_experts = self.lookahead_scores = self.router_logits = None
-        if "weights" in needs:
-            assert trace.weights is not None
-            self.weights = trace.weights[rows].astype(np.float32)  # what a policy computes with, in both engines
-        if "lookahead" in needs:
-            assert trace.lookahead_experts is not None
-            assert trace.lookahead_scores is not None
-            self.lookahead_experts = trace.lookahead_experts[rows]
-            self.lookahead_scores = trace.lookahead_scores[rows].astype(np.float32)
-        if "logits" in needs:
-            assert trace.router_logits is not None
-            self.router_logits = trace.router_logits[rows].astype(np.float32)
-
-    def event(self, step: int, layer: int, now: int) -> Seen:
-        """Return what a real system sees at this event."""
-        rows = slice(self.starts[step], self.starts[step + 1])
-        return Seen(
-            now,
-            layer,
-            self.experts[rows, layer],
-            _NO_VALUES if self.weights is None else self.weights[rows, layer],
-            self.request[rows],
-            _NO_RANKING if self.lookahead_experts is None else self.lookahead_experts[rows, layer],
-            _NO_RANKING if self.lookahead_scores is None else self.lookahead_scores[rows, layer],
-            _NO_VALUES if self.router_logits is None else self.router_logits[rows, layer],
-        )
-
-
-_NO_RANKING: Any = np.zeros((0, 0, 0))
-_NO_VALUES: Any = np.zeros((0, 0))
-"""What a policy sees of observations that it did not ask for."""

@@ -26,6 +26,7 @@ class PlainModel:
         self.hold, self.moves, self.unused = {}, {}, {}
         self.demands, self.prefetches, self.moving = [], [], None
         self.time = self.chunk_start = self.chunk_end = self.busy = 0
+        self.chunk_ended = -1
         self.event, self.ending = -1, None  # ending: (time, keys, event) of an event that is being computed
         self.bytes = dict.fromkeys(("demand", "useful", "late", "wasted", "refresh"), 0)
         self.started = self.cancelled = self.peak = 0
@@ -101,10 +102,12 @@ class PlainModel:
     def next_chunk(self):
         self.chunk_start = self.time
         self.chunk_end = self.time + (self.costs.last_chunk_ns if self.moving.left == 1 else self.costs.chunk_ns)
+        if self.chunk_ended != self.time:  # the link was idle
+            self.chunk_end += self.costs.link_start_ns
 
     def chunk_ends(self):
         move = self.moving
-        self.time = self.chunk_end
+        self.time = self.chunk_ended = self.chunk_end
         self.busy += self.chunk_end - self.chunk_start
         move.left -= 1
         move.moved += 1
@@ -264,6 +267,8 @@ class PlainModel:
             host += costs.host_step_ns
             compute = max(compute + head, host)
             computed += head
+            if costs.step_readout_ns >= 0:
+                host = compute + costs.step_readout_ns
             steps.append([computed, waited, compute - before - computed - waited, hits, lates, misses])
         self.go_on(compute)
         if self.moving:

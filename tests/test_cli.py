@@ -324,7 +324,7 @@ def cut_short(path, source):
 
 
 REFUSED = {
-    "unknown verb": (["simulat"], "'simulat' is not a verb: did you mean 'simulate'? known: compare, "),
+    "unknown verb": (["simulat"], "'simulat' is not a verb: did you mean 'simulate'? known: calibrate, compare, "),
     "unknown trace verb": (["trace", "inspekt"], "'trace inspekt' is not a verb: did you mean 'trace inspect'? known: "),
     "trace without a verb": (["trace"], "'trace' is not a verb: did you mean 'trace record'? known: "),
     "unknown group": (["list", "evictoin"], "there is no group 'evictoin': did you mean 'eviction'? known: "),

@@ -7,7 +7,7 @@ import pytest
 from test_hardware import load_profile, tiny_profile
 from test_model_specs import load_model
 
-from sim.costs import decode_layer_ns, link_ns, make_costs, transfer_ns, with_free_link
+from sim.costs import NO_READOUT, decode_layer_ns, link_ns, make_costs, transfer_ns, with_free_link
 from sim.hardware import make_hardware
 from traces.errors import InputError
 from traces.trace import ModelSpec
@@ -65,7 +65,7 @@ def test_an_expert_at_lower_precision_is_read_faster():
     [(1, 10), (100, 10), (101, 11), (150, 15), (200, 20), (700, 70), (1200, 120), (2200, 220)],
 )
 def test_link_time_follows_the_curve_and_goes_on_beyond_it(size, time):
-    assert link_ns(TINY, size) == time
+    assert link_ns(TINY.h2d, size) == time
 
 
 def test_an_expert_crosses_in_chunks_and_the_last_is_the_rest():
@@ -80,9 +80,27 @@ def test_a_small_expert_is_one_chunk():
     assert (found.chunks, found.chunk_ns, found.last_chunk_ns, found.chunk_bytes) == (1, 25, 25, 250)
 
 
+def test_copies_behind_another_one_cost_what_they_cost_in_a_train():
+    # a chunk of 400 bytes takes 40 alone and 32 in a train, the rest of 100 bytes 8
+    train = dataclasses.replace(TINY, h2d_train=((100, 8), (200, 16)))
+    found = costs(hardware=train)
+    assert (found.chunk_ns, found.last_chunk_ns, found.link_start_ns, transfer_ns(found)) == (32, 8, 8, 72)
+    assert costs().link_start_ns == 0
+
+
+def test_a_link_whose_trains_are_slower_has_no_start_to_pay():
+    slow = dataclasses.replace(TINY, h2d_train=((100, 11), (200, 22)))
+    assert (costs(hardware=slow).chunk_ns, costs(hardware=slow).link_start_ns) == (44, 0)
+
+
+def test_the_host_waits_for_a_step_s_end_where_the_profile_says_so():
+    assert costs().step_readout_ns == NO_READOUT
+    assert costs(hardware=dataclasses.replace(TINY, step_readout_ns=0)).step_readout_ns == 0
+
+
 def test_free_link_takes_no_time():
-    free = with_free_link(costs())
-    assert (transfer_ns(free), free.chunks, free.expert_bytes) == (0, 3, 900)
+    free = with_free_link(costs(hardware=dataclasses.replace(TINY, h2d_train=((100, 8), (200, 16)))))
+    assert (transfer_ns(free), free.link_start_ns, free.chunks, free.expert_bytes) == (0, 0, 3, 900)
 
 
 def test_decode_layer_hides_the_host_behind_compute_or_the_other_way_round():

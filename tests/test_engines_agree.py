@@ -154,6 +154,8 @@ def cases(draw, **fixed):
         last_chunk_ns=draw(st.integers(0, chunk_ns)),
         expert_bytes=250,
         chunk_bytes=100,
+        link_start_ns=draw(st.integers(0, 300)),
+        step_readout_ns=draw(st.integers(-1, 90)),
     )
     tried = composition(drop=draw(st.booleans()), reupload=draw(st.booleans()), **parts)
     rule, parameters = tried.parts["prefetch"]

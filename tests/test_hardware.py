@@ -77,7 +77,7 @@ def test_values_arrive_as_whole_numbers():
 def test_provenance_lists_every_constant_in_order():
     rows = make_hardware(tiny_profile()).provenance()
     assert len(rows) == 12
-    assert tuple(rows[1]) == ("link.chunk_bytes", 400, "bytes", "assumed", "made up")
+    assert tuple(rows[1]) == ("link.chunk_bytes", 400, "bytes", "assumed", "made up", ())
 
 
 def test_tags_are_counted():
@@ -91,14 +91,14 @@ def test_tags_are_counted():
         (
             "hosts",
             {},
-            "hardware has no field 'hosts': did you mean 'host'? known: compute, device, host, link, name",
+            "hardware has no field 'hosts': did you mean 'host'? known: compute, device, host, link, machine, name",
         ),
         ("host", 3, "hardware.host is 3: it must be a mapping"),
         ("name", "", "hardware.name is '': it must be a text that is not empty"),
         (
             "link.chunk_byte",
             {},
-            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, h2d",
+            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, h2d, h2d_train",
         ),
         (
             "link.chunk_bytes.source",
@@ -142,6 +142,22 @@ def test_tags_are_counted():
             "hardware.compute.flops.value is '71e12': it must be a whole number of flop/s, at least 1",
         ),
         (
+            "host.readout_ns.spread",
+            [12, 9],
+            "hardware.host.readout_ns.spread holds [12, 9]: the 10th percentile is above the 90th",
+        ),
+        (
+            "host.readout_ns.spread",
+            9,
+            "hardware.host.readout_ns.spread holds 9: it must be a pair [10th percentile, 90th]",
+        ),
+        (
+            "link.h2d.spread",
+            [[9, 12]],
+            "hardware.link.h2d.spread is [[9, 12]]: it must be one pair [10th percentile, 90th] per point of the curve",
+        ),
+        ("machine", "a PC", "hardware.machine is 'a PC': it must be a mapping"),
+        (
             "link.h2d.value",
             [[100, 10]],
             "hardware.link.h2d.value is [[100, 10]]: it must be a list of at least two points [bytes, ns]",
@@ -165,6 +181,26 @@ def test_tags_are_counted():
 )
 def test_bad_profiles_are_refused_in_one_sentence(path, value, sentence):
     assert refusal(path, value) == sentence
+
+
+def test_a_measured_constant_may_state_its_spread():
+    profile = tiny_profile()
+    profile["host"]["readout_ns"]["spread"] = [9, 12]
+    profile["link"]["h2d"]["spread"] = [[9, 10], [19, 20], [119, 130]]
+    rows = {row.name: row.spread for row in make_hardware(profile).provenance()}
+    assert rows["host.readout_ns"] == ((9, 12),)
+    assert rows["link.h2d"] == ((9, 10), (19, 20), (119, 130))
+    assert rows["link.chunk_bytes"] == ()
+
+
+def test_terms_that_a_profile_may_lack():
+    assert (make_hardware(tiny_profile()).h2d_train, make_hardware(tiny_profile()).step_readout_ns) == (None, None)
+    profile = tiny_profile()
+    profile["link"]["h2d_train"] = constant([[100, 6], [200, 12]], "[bytes, ns]", "measured")
+    profile["host"]["step_readout_ns"] = constant(9)
+    hardware = make_hardware(profile)
+    assert (hardware.h2d_train, hardware.step_readout_ns) == (((100, 6), (200, 12)), 9)
+    assert [row.name for row in hardware.provenance()][:2] == ["link.h2d", "link.h2d_train"]
 
 
 @pytest.mark.parametrize("name", PROFILES)

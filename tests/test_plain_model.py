@@ -120,9 +120,13 @@ class Case:
             last_chunk_ns=int(rng.integers(0, chunk + 1)) if chunks > 1 else chunk,
             expert_bytes=chunks * 100 - 30,
             chunk_bytes=100,
+            link_start_ns=0 if rng.random() < 0.4 or chunk == 0 else int(rng.integers(0, 2 * chunk + 100)),
+            step_readout_ns=-1 if rng.random() < 0.6 else int(rng.integers(0, 2000)),
         )
         if rng.random() < 0.3:  # round numbers, so that much happens at the same instant
             rounded = {name: -(-value // 1000) for name, value in costs._asdict().items() if name.endswith("_ns")}
+            if costs.step_readout_ns < 0:
+                rounded["step_readout_ns"] = costs.step_readout_ns
             costs = costs._replace(**rounded)
         return costs
 

@@ -50,8 +50,8 @@ def costs(steps, chunks=1):
     )
 
 
-def run(experts, slots, chunks=1, lookahead=None, drop=False, reupload=False, **parts):
-    """Run decode steps of one token each; `experts` [S, L, K] of 8 experts per layer."""
+def run(experts, slots, chunks=1, lookahead=None, drop=False, reupload=False, terms=None, **parts):
+    """Run decode steps of one token each; `experts` [S, L, K] of 8 experts per layer, `terms` costs to replace."""
     trace = make_trace(experts, expert_count=8, lookahead=lookahead)
     workload = make_workload(trace, "one_request")
     steps, layers, top_k = np.shape(experts)
@@ -64,7 +64,7 @@ def run(experts, slots, chunks=1, lookahead=None, drop=False, reupload=False, **
         future=lambda: future_of(workload.events),
     )
     log = []
-    return run_reference(system, workload, costs(steps, chunks), log), log
+    return run_reference(system, workload, costs(steps, chunks)._replace(**(terms or {})), log), log
 
 
 def test_one_miss():
@@ -105,6 +105,44 @@ def test_experts_compute_as_they_land():
     ]
     assert result.end_ns == 3107 + 50 + 3
     assert result.steps.wait.tolist() == [980 + 950 + 950]
+
+
+def test_an_idle_link_needs_a_start_and_a_busy_one_does_not():
+    """The link starts at 107 for 30; the third expert waits for nothing but the second. The next layer finds it idle."""
+    result, log = run([[[0, 1], [2, 3]]], slots=4, terms={"link_start_ns": 30})
+    assert [(ns, key) for ns, what, key, _ in log if what == "load"] == [(107, 0), (1137, 1), (2294, 10), (3324, 11)]
+    assert [(ns, key) for ns, what, key, _ in log if what == "landed"] == [(1137, 0), (2137, 1), (3324, 10), (4324, 11)]
+    assert result.link_busy_ns == 2 * (30 + 2 * 1000)
+
+
+def test_a_prefetch_behind_a_demand_needs_no_start():
+    """Layer 1's expert follows layer 0's at 1137; the link is busy from 107 on without a pause."""
+    result, log = run([[[0], [1]]], slots=2, predictor=ORACLE, prefetch=top_n(), terms={"link_start_ns": 30})
+    assert [entry for entry in log if entry[1] in ("prefetch", "landed")] == [
+        (1137, "landed", 0, 0),
+        (1137, "prefetch", 9, 0),
+        (2137, "landed", 9, 1),
+    ]
+    assert result.link_busy_ns == 2030
+
+
+def test_a_demand_waits_for_the_first_chunk_of_a_prefetch_that_has_just_woken_the_link():
+    """13 starts alone at 107 with 500 more for its first chunk, until 707; the demand for 9 comes at 284."""
+    lookahead = [[[[-1]], [[-1]]], [[[5]], [[-1]]]]
+    terms = {"link_start_ns": 500}
+    result, log = run([[[0], [0]], [[0], [1]]], 4, 10, lookahead, predictor=GATE, prefetch=top_n(), terms=terms)
+    prefetch = next(ns for ns, what, key, _ in log if (what, key) == ("prefetch", 13))
+    miss = next(ns for ns, what, key, _ in log if (what, key) == ("miss", 9))
+    landed = next(ns for ns, what, key, _ in log if (what, key) == ("landed", 9))
+    assert (miss - prefetch, landed - prefetch) == (177, 500 + 100 + 1000)
+    assert result.bytes_by_kind["wasted"] == 80
+
+
+def test_a_host_that_reads_the_outcome_of_a_step_starts_the_next_one_after_it():
+    """The first step ends at 1160; 40 later the host issues the next gate, which ends at 1300."""
+    result, _ = run([[[0]], [[0]]], slots=1, terms={"step_readout_ns": 40})
+    assert result.steps.duration.tolist() == [1160, 180 + 40]
+    assert result.steps.host.tolist() == [27, 67]
 
 
 def test_prefetch_hides_what_compute_covers():

@@ -13,6 +13,7 @@ from numba import njit
 
 from policies.contract import NEVER
 from policies.residency import AWAITED, FREE, HELD
+from sim.costs import NO_READOUT
 from sim.fast.hooks import REFUSED, ROOM
 from sim.fast.log import CANCEL, ENDS, EVICT, LANDED, LOADS, PREFETCHES, REFRESH, log_is_full, note, note_judged, note_train
 from sim.fast.native import FAILED, call
@@ -79,6 +80,8 @@ def run_part(runs: Any, stop: Any) -> Any:
             run.computed += step_ns
             run.host_idle += step_end - run.compute - step_ns
             run.compute = step_end
+            if run.step_readout_ns != NO_READOUT:
+                run.host = run.compute + run.step_readout_ns
             _close_step(run, step_of(run))
             run.step += 1
             if run.now + 1 == run.events:
@@ -492,7 +495,7 @@ def _let_link_act(run: Any, until: Any) -> None:
 @njit(forceinline=True)
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
-    ns, compute, waited = run.time, run.compute, run.waited
+    ns, compute, waited, start_ns = run.time, run.compute, run.waited, _start_ns(run)
     places_at, experts_at, first_key = run.places_at, run.experts_at, run.first_key
     chunk_ns, last_chunk_ns = run.chunk_ns, run.last_chunk_ns
     for index in range(run.demands):
@@ -501,7 +504,8 @@ def _serve_demands(run: Any) -> None:
         expert = record(experts_at, key, EXPERT)
         if expert.transfer != STARTED:
             _start_transfer(run, key, ns)
-        ns += (transfer_of(run, key).chunks_left - 1) * chunk_ns + last_chunk_ns
+        ns += start_ns + (transfer_of(run, key).chunks_left - 1) * chunk_ns + last_chunk_ns
+        start_ns = 0
         expert.transfer = NONE
         if expert.refresh:
             run.refresh_bytes += run.expert_bytes
@@ -513,7 +517,7 @@ def _serve_demands(run: Any) -> None:
     run.outstanding -= run.demands
     run.demands = 0
     run.busy_ns += ns - run.time
-    run.time = ns
+    run.alarm_ns = run.time = ns
 
 
 @njit(forceinline=True)
@@ -526,10 +530,18 @@ def _serve_prefetch(run: Any) -> None:
         if expert.transfer == STARTED or _start_transfer(run, key, run.time):
             expert.transfer = STARTED
             run.moving = key
-            run.moving_since = run.time
             run.alarm = END
-            run.alarm_ns = run.time + (transfer_of(run, key).chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
+            start_ns = _start_ns(run)
+            run.busy_ns += start_ns
+            run.moving_since = run.time + start_ns
+            run.alarm_ns = run.moving_since + (transfer_of(run, key).chunks_left - 1) * run.chunk_ns + run.last_chunk_ns
             return
+
+
+@njit(forceinline=True)
+def _start_ns(run: Any) -> Any:
+    """Return what the first chunk takes longer if the link was idle; the last alarm was when it ended what it did before."""
+    return 0 if run.alarm_ns == run.time else run.link_start_ns
 
 
 @njit(forceinline=True)

@@ -200,7 +200,7 @@ def make_run(system: System, costs: Costs, events: int, logging: bool) -> Any:
         "drop_unused_prefetches": composition.drop_unused_prefetches,
         "reupload_after_use": composition.reupload_after_use,
         "release_ns": NEVER,
-        **dict.fromkeys(("now", "row", "moving", "oldest", "newest"), NOTHING),
+        **dict.fromkeys(("now", "row", "moving", "alarm_ns", "oldest", "newest"), NOTHING),
     }
     for name, value in values.items():
         run[name] = value

@@ -21,7 +21,7 @@ RUN = np.dtype(
         for name in (
             # costs, as in sim.costs.Costs
             *("host_gate_ns", "host_experts_ns", "host_step_ns", "readout_ns"),
-            *("chunks", "chunk_ns", "last_chunk_ns", "expert_bytes", "chunk_bytes"),
+            *("chunks", "chunk_ns", "last_chunk_ns", "expert_bytes", "chunk_bytes", "link_start_ns", "step_readout_ns"),
             # shape and system
             *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
             # clocks; `row` is the running event's in COMING, `first_key` its layer's

@@ -1,0 +1,109 @@
+"""An NVIDIA GPU as the executor's device: torch's streams and events, and the driver for what torch does not offer."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from real.device import COMPUTE, COPY, Device
+from real.schedule import Schedule
+from traces.errors import InputError
+
+RING = 4096
+"""Events that are reused in turn; a ticket whose event is needed again must be done."""
+
+
+class Cuda(Device):
+    """Two streams of the current GPU; the compute stream is torch's current stream until `close`."""
+
+    def __init__(self, schedule: Schedule | None = None) -> None:
+        super().__init__(schedule)
+        torch.cuda.synchronize()  # what was allocated and filled on other streams is there
+        self._memcpy = _driver().cuMemcpyHtoDAsync_v2
+        self._before = torch.cuda.current_stream()
+        self._streams = _streams()
+        self._copy_stream: int = self._streams[COPY].cuda_stream
+        torch.cuda.set_stream(self._streams[COMPUTE])
+        self._ring = tuple([torch.cuda.Event() for _ in range(RING)] for _ in range(2))
+        self._marks: list[Any] = []
+        self._base = torch.cuda.Event(enable_timing=True)
+        self._base.record(self._streams[COMPUTE])
+        self._base.synchronize()
+        self._base_ns = time.perf_counter_ns()
+
+    def close(self) -> None:
+        """Give torch its stream back."""
+        torch.cuda.set_stream(self._before)
+
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        """Run `work`, which launches kernels on torch's current stream: the compute stream."""
+        assert stream == COMPUTE, "bytes go over the copy stream with `copy`"
+        work()
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy `size` bytes of registered host memory to the device on the copy stream; addresses are plain numbers."""
+        failed = self._memcpy(target, source, size, self._copy_stream)
+        if failed:
+            raise InputError(f"a host-to-device copy of {size} bytes failed: {_reason(failed)}")
+
+    def mark(self, stream: int) -> int:
+        """Note the GPU's time at this place of `stream`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._streams[stream])
+        self._marks.append(event)
+        return len(self._marks) - 1
+
+    def mark_ns(self, mark: int) -> int:
+        """Return the ns of a mark; events know it to about half a microsecond."""
+        return self._base_ns + int(self._base.elapsed_time(self._marks[mark]) * 1e6)
+
+    def _record(self, stream: int, ticket: int) -> None:
+        if ticket > RING:
+            self.synchronize(stream, ticket - RING)
+        self._ring[stream][ticket % RING].record(self._streams[stream])
+
+    def _wait(self, stream: int, on: int, ticket: int) -> None:
+        self._streams[stream].wait_event(self._ring[on][ticket % RING])
+
+    def _query(self, stream: int, ticket: int) -> bool:
+        return bool(self._ring[stream][ticket % RING].query())
+
+    def _synchronize(self, stream: int, ticket: int) -> None:
+        self._ring[stream][ticket % RING].synchronize()
+
+
+def register(address: int, size: int) -> None:
+    """Make host memory known to the driver, so that copies from it run at full speed and on their own. Raises InputError."""
+    failed = _driver().cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(size), 0)
+    if failed:
+        raise InputError(f"{size / 1e9:.2f} GB of host memory cannot be registered with the GPU's driver: {_reason(failed)}")
+
+
+def unregister(address: int) -> None:
+    """Undo `register`."""
+    _driver().cuMemHostUnregister(ctypes.c_void_p(address))
+
+
+@cache
+def _streams() -> tuple[Any, Any]:
+    """Return the two streams of the process: libraries keep workspaces for every stream that they ever saw."""
+    return torch.cuda.Stream(), torch.cuda.Stream()
+
+
+@cache
+def _driver() -> Any:
+    torch.zeros(1, device="cuda")  # makes the GPU's context, and makes it current in this thread
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return driver
+
+
+def _reason(code: int) -> str:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(code, ctypes.byref(text))
+    return (text.value or b"unknown").decode()

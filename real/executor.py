@@ -1,0 +1,513 @@
+"""The executor: the host thread of expert offloading, driving the same policies as the simulator on a real device.
+
+At every (step, layer) it does what `sim.reference` does in simulated time, in the same order and the same words;
+`docs/real.md` says where hardware makes a difference. What computes is a `Decoder`; what moves bytes is the `Pump`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from policies.contract import Ints, Seen
+from policies.residency import AWAITED, FREE, HELD, ContractError, Residency, no_prediction, no_victim
+from policies.system import System
+from real.device import COMPUTE, COPY, Device
+from real.pump import Pump, Transfer
+from real.schedule import SlotRead, SlotWrite
+from real.timeline import Timeline
+from sim.result import KINDS
+from traces.errors import InputError
+
+SILENT_S = 20.0
+"""The device counts as lost when a gate's result does not come for so long."""
+
+
+class Decoder(Protocol):
+    """What computes. Every method only submits work to the compute stream, except `routed`, which looks."""
+
+    def begin_step(self, step: int) -> None:
+        """Submit what comes before the first layer."""
+
+    def route(self, step: int, layer: int) -> None:
+        """Submit attention and gate of a layer."""
+
+    def routed(self, step: int, layer: int) -> list[int] | None:
+        """Return the routed ids of all tokens in a row (-1: none), or None while the host cannot see them yet."""
+
+    def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
+        """Submit the experts of a layer that `slots` names, by key: those tokens that routed to them."""
+
+    def end_step(self, step: int) -> None:
+        """Submit what comes after the last layer."""
+
+
+class Shape(NamedTuple):
+    """How long and wide a run is."""
+
+    steps: int
+    layers: int
+    experts: int
+
+
+class Outcome(NamedTuple):
+    """Counts of a run, as in `sim.result.Run`."""
+
+    hits: Ints
+    """[S] resident when their event started."""
+    late_hits: Ints
+    """[S] in flight then."""
+    misses: Ints
+    """[S] neither."""
+    bytes_by_kind: dict[str, int]
+    prefetches: int
+    cancelled: int
+    predicted: int
+    predicted_and_needed: int
+    needed_after_prediction: int
+    peak_slots: int
+    bytes_sent: int
+    """Bytes given to the copy stream."""
+
+
+class Executor:
+    """One run of a freshly built `system` of which `seen(step, layer, event)` tells what a policy sees.
+
+    `copy(key, slot, start, stop)` moves those bytes of an expert into a slot. Decisions are appended to `log`, if one is
+    given, as tuples (ns, what, key, event) in the words of the simulators' log.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        shape: Shape,
+        seen: Callable[[int, int, int], Seen],
+        decoder: Decoder,
+        device: Device,
+        copy: Callable[[int, int, int, int], None],
+        *,
+        expert_bytes: int,
+        chunk_bytes: int,
+        window_bytes: int,
+        timeline: Timeline,
+        log: list[tuple[Any, ...]] | None = None,
+        one_by_one: bool = True,
+    ) -> None:
+        self.system = system
+        self.shape = shape
+        self.seen = seen
+        self.decoder = decoder
+        self.device = device
+        self.timeline = timeline
+        self.log = log
+        self.one_by_one = one_by_one
+        """Whether experts that had to be waited for compute each as it lands, or all after the last."""
+        self.expert_bytes = expert_bytes
+        self._copy_bytes = copy
+        self.residency = Residency(system.eviction, system.setting)
+        self.link = Pump(
+            device, expert_bytes, chunk_bytes, window_bytes, self._start_transfer, self._copy, self._transfer_landed
+        )
+        self.transfers: dict[int, Transfer] = {}
+        """Transfers queued or in flight, by key."""
+        self.slot_of: dict[int, int] = {}
+        """Slot of every resident."""
+        self.free_slots = list(range(int(system.setting.capacity.sum())))[::-1]
+        self.last_use = [0] * len(self.free_slots)
+        """Per slot the ticket of the compute stream after which nobody reads it."""
+        self.now = -1
+        """The running event."""
+        self.union: list[int] = []
+        """What the running event needs."""
+        self.wave: list[int] = []
+        """Keys that the running event, or its last wave, holds until it ends."""
+        self.end_ticket = 0
+        """Of the running event's last expert; 0 before that is submitted, and once the event has ended."""
+        self.arrival_ticket = 0
+        """Of the last transfer that the compute stream was told to wait for."""
+        self.unused: dict[int, Transfer] = {}
+        """Prefetched experts that hold a slot and were not used yet, with the transfer that brings or brought them."""
+        self.to_release: dict[int, list[int]] = {}
+        """Prefetched keys by the event that they were fetched for."""
+        self.predictions: dict[int, set[int]] = {}
+        """Keys selected for coming events."""
+        self.depth = system.prefetch.depth
+        self.ids = np.zeros(shape.experts, np.int64)
+        self.scores = np.zeros(shape.experts, np.float64)
+
+        self.bytes = dict.fromkeys(KINDS, 0)
+        self.hits, self.late_hits, self.misses = (np.zeros(shape.steps, np.int64) for _ in range(3))
+        self.prefetches = self.cancelled = 0
+        self.predicted = self.predicted_and_needed = self.needed_after_prediction = 0
+        self.peak_slots = 0
+
+    # ---- the steps -------------------------------------------------------------------------------------------
+
+    def preload(self, keys: Iterable[int]) -> None:
+        """Bring `keys` into slots before the first step; the eviction policy sees them inserted by event 0."""
+        for key in keys:
+            transfer = Transfer(key, 0)
+            self.residency.insert(key, 0, FREE)
+            transfer.slot = self.slot_of[key] = self.free_slots.pop()
+            self._copy(transfer, 0, self.expert_bytes)
+        self.peak_slots = len(self.slot_of)
+        self.device.drain()
+
+    def run(self, steps: range | None = None) -> None:
+        """Run `steps`, which follow those run before (all by default), and wait until the device is done."""
+        for step in steps if steps is not None else range(self.shape.steps):
+            self.timeline.begin_step(step)
+            self.decoder.begin_step(step)
+            for layer in range(self.shape.layers):
+                self.timeline.begin_layer(step, layer)
+                self.decoder.route(step, layer)
+                self.timeline.gate_issued()
+                self._feed()
+                routed = self._await_routed(step, layer)
+                self.timeline.routed()
+                self._serve_event(step, layer, routed)
+                self.timeline.experts_issued()
+                self._feed()
+            self.decoder.end_step(step)
+            self.timeline.end_step(step)
+        self.device.drain()
+        self.link.poll()
+
+    def outcome(self) -> Outcome:
+        """Gather the counts; prefetches that nothing used by now were wasted."""
+        counted = {**self.bytes, "wasted": self.bytes["wasted"] + len(self.unused) * self.expert_bytes}
+        return Outcome(
+            hits=self.hits,
+            late_hits=self.late_hits,
+            misses=self.misses,
+            bytes_by_kind=counted,
+            prefetches=self.prefetches,
+            cancelled=self.cancelled,
+            predicted=self.predicted,
+            predicted_and_needed=self.predicted_and_needed,
+            needed_after_prediction=self.needed_after_prediction,
+            peak_slots=self.peak_slots,
+            bytes_sent=self.link.bytes_sent,
+        )
+
+    def _await_routed(self, step: int, layer: int) -> list[int]:
+        """Feed the link until the gate's result is in host memory."""
+        decoder, device = self.decoder, self.device
+        looks = 0
+        while (routed := decoder.routed(step, layer)) is None:
+            device.idle()
+            self._feed()
+            looks += 1
+            if looks % 65536 == 0 and time.perf_counter_ns() - self.timeline.issued_ns > SILENT_S * 1e9:
+                raise InputError(
+                    f"the gate of layer {layer} in step {step} gave no result within {SILENT_S:.0f} s: the device is lost"
+                )
+        return routed
+
+    def _feed(self) -> None:
+        """Let the link go on between events; what the last event held may leave once it is computed."""
+        if self.link.prefetch or self.system.composition.reupload_after_use:
+            if self.end_ticket and self.device.done(COMPUTE, self.end_ticket):
+                self._end_event()
+            self.link.go()
+
+    def _serve_event(self, step: int, layer: int, routed: list[int]) -> None:
+        """Decide, load and compute the experts of one (step, layer)."""
+        if self.end_ticket:  # the gate came after them in the compute stream
+            self.device.saw(COMPUTE, self.end_ticket)
+            self._end_event()
+        self.link.poll()
+        self.now = step * self.shape.layers + layer
+        first_key = layer * self.shape.experts
+        self.union = union = list(dict.fromkeys([first_key + expert for expert in routed if expert >= 0]))
+        present, awaited, absent = self._judge(step, union)
+        self._drop_stale_prefetches(union)
+
+        # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
+        slots = self.residency.capacity[self.residency.pool_of_key[union[0]]] if union else 1
+        first = min(len(absent), slots - len(present) - len(awaited))
+        waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
+        for number, absent in enumerate(waves):
+            wave = absent if number else present + awaited + absent
+            arriving = self._begin_wave(wave, () if number else awaited, absent)
+            if number == 0 and self.depth:
+                self._predict(step, layer)
+            self.link.go()
+            if number == 0:
+                self.timeline.decided()
+            resident = [key for key in wave if key not in arriving]
+            self._compute_wave(step, layer, resident, sorted(arriving.values(), key=lambda transfer: transfer.ticket))
+            if number + 1 < len(waves):
+                self._end_wave(wave)
+        self.wave = wave
+
+    def _compute_wave(self, step: int, layer: int, resident: list[int], arriving: list[Transfer]) -> None:
+        """Submit residents first, then what is in flight in the order in which it lands."""
+        if resident:
+            self.timeline.mark_start()
+            self._compute(step, layer, resident)
+        for group in [[transfer] for transfer in arriving] if self.one_by_one else [arriving] if arriving else []:
+            self.timeline.mark_wait()
+            self.device.wait(COMPUTE, COPY, group[-1].ticket)
+            self.timeline.mark_start()
+            self._compute(step, layer, [transfer.key for transfer in group])
+            self.arrival_ticket = group[-1].ticket
+        self.end_ticket = ticket = self.device.record(COMPUTE)
+        for key in (*resident, *(transfer.key for transfer in arriving)):
+            self.last_use[self.slot_of[key]] = ticket
+
+    def _compute(self, step: int, layer: int, keys: list[int]) -> None:
+        """Submit the experts `keys`, which are there when the compute stream comes so far."""
+        slot_of = self.slot_of
+        slots = {key: slot_of[key] for key in keys}
+        if self.device.schedule is not None:
+            self.device.schedule.submit(COMPUTE, [SlotRead(slot, key) for key, slot in slots.items()], ())
+        self.decoder.compute(step, layer, slots)
+        self.timeline.mark_end()
+
+    def _end_wave(self, wave: list[int]) -> None:
+        """Wait until a wave that is not the last is computed; its experts may leave then."""
+        self.device.synchronize(COMPUTE, self.end_ticket)
+        self._note_arrivals()
+        self.end_ticket = 0
+        self.residency.hold(wave, FREE)
+
+    def _note_arrivals(self) -> None:
+        """Note that what computed experts had waited for has landed."""
+        self.device.saw(COPY, self.arrival_ticket)
+        self.link.poll()
+
+    def _judge(self, step: int, union: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Split what the event needs into resident, in flight and absent, as it is when the event starts."""
+        residency, now, transfers, unused = self.residency, self.now, self.transfers, self.unused
+        pool = residency.pool_of_key[union[0]] if union else 0
+        residents = residency.residents[pool]
+        on_hit = residency.eviction.on_hit
+        present: list[int] = []
+        awaited: list[int] = []
+        absent: list[int] = []
+        for key in union:
+            if key not in residents:
+                absent.append(key)
+                continue
+            in_flight = key in transfers
+            (awaited if in_flight else present).append(key)
+            if key in unused:
+                del unused[key]
+                self.bytes["late" if in_flight else "useful"] += self.expert_bytes
+            on_hit(key, pool, now)
+        if self.log is not None:
+            for what, keys in (("hit", present), ("late_hit", awaited), ("miss", absent)):
+                for key in keys:
+                    self._note(what, key)
+        for key in absent:
+            residency.on_miss(key, pool, now)
+        self.hits[step] += len(present)
+        self.late_hits[step] += len(awaited)
+        self.misses[step] += len(absent)
+        predicted = self.predictions.pop(now, None)
+        if predicted is not None:
+            self.predicted += len(predicted)
+            self.predicted_and_needed += len(predicted.intersection(union))
+            self.needed_after_prediction += len(union)
+        return present, awaited, absent
+
+    def _begin_wave(self, wave: list[int], awaited: Iterable[int], absent: list[int]) -> dict[int, Transfer]:
+        """Hold what the wave needs, ask the link for what it lacks, and return what has to be waited for."""
+        self.residency.hold(wave, HELD)
+        arriving: dict[int, Transfer] = {}
+        for key in awaited:
+            arriving[key] = transfer = self.transfers[key]
+            if not transfer.demand:
+                self.link.promote(transfer)
+        for key in absent:
+            queued = self.transfers.get(key)
+            if queued is not None:
+                self.link.promote(queued)
+            elif key in self.residency:  # a prefetch for the next step brought it while earlier waves ran
+                continue
+            else:
+                self.transfers[key] = queued = Transfer(key, self.now, demand=True)
+                self.link.demand.append(queued)
+            arriving[key] = queued
+        return arriving
+
+    def _drop_stale_prefetches(self, union: list[int]) -> None:
+        """Take out of the queue what was predicted for this event or an earlier one and is not needed."""
+        now = self.now
+        for queued in tuple(self.link.prefetch):
+            if queued.target <= now and not queued.refresh and queued.key not in union:
+                self.link.prefetch.remove(queued)
+                self._give_up(queued)
+
+    def _end_event(self) -> None:
+        """Let go of what the event held, which is computed."""
+        self.end_ticket = 0
+        self._note_arrivals()
+        self.residency.hold(self.wave, FREE)
+        for key in self.to_release.pop(self.now, ()):
+            prefetch = self.unused.get(key)
+            if prefetch is not None and prefetch.target == self.now and key not in self.transfers:
+                self.residency.holds[key] = FREE
+                if self.system.composition.drop_unused_prefetches:
+                    self._evict(key)
+        if self.log is not None:
+            self._note("end", -1)
+        if self.system.composition.reupload_after_use:
+            self._reupload()
+
+    def _reupload(self) -> None:
+        """Queue every used expert for another transfer: the device copy was spoilt by its use."""
+        for key in self.union:
+            if key in self.residency and key not in self.transfers:
+                self.transfers[key] = transfer = Transfer(key, self.now, refresh=True)
+                self.link.prefetch.append(transfer)
+
+    # ---- prediction ------------------------------------------------------------------------------------------
+
+    def _predict(self, step: int, layer: int) -> None:
+        """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
+        system, (steps, layers, experts) = self.system, self.shape
+        seen = self.seen(step, layer, self.now)
+        system.observe(seen)
+        most = min(system.prefetch.most(len(seen.experts)), experts)
+        for ahead in range(1, self.depth + 1):
+            target = self.now + ahead
+            if target >= steps * layers:
+                return
+            predicted = system.predictor.predict(seen, ahead, self.ids[:most], self.scores[:most])
+            if predicted == 0:
+                continue
+            count = system.take(self.scores, predicted)
+            self._check_prediction(predicted, most, count)
+            first_key = (layer + ahead) % layers * experts
+            keys = [first_key + expert for expert in self.ids[:count].tolist()]
+            self.predictions.setdefault(target, set()).update(keys)
+            residents = self.residency.residents[self.residency.pool_of_key[first_key]]
+            for key in keys:
+                if key not in residents and key not in self.transfers:
+                    self.transfers[key] = transfer = Transfer(key, target)
+                    self.link.prefetch.append(transfer)
+
+    def _check_prediction(self, predicted: int, most: int, count: int) -> None:
+        """Raise ContractError for counts and ids that cannot be."""
+        wrong = [number for number, limit in ((predicted, most), (count, predicted)) if not 0 <= number <= limit]
+        wrong += [expert for expert in self.ids[: max(count, 0)].tolist() if not 0 <= expert < self.shape.experts]
+        if wrong:
+            raise ContractError(no_prediction(type(self.system.predictor).__name__, wrong[0], self.shape.experts))
+
+    # ---- slots and transfers: what the pump asks and tells ---------------------------------------------------
+
+    def _copy(self, transfer: Transfer, start: int, stop: int) -> None:
+        """Submit a piece of a transfer, after the slot's last reader if it is the first piece."""
+        slot, key = transfer.slot, transfer.key
+        if start == 0:
+            self.device.wait(COPY, COMPUTE, self.last_use[slot])
+        if self.device.schedule is not None:
+            self.device.schedule.submit(COPY, (), [SlotWrite(slot, key, start, stop)])
+        self.timeline.mark_copy(self.now, stop - start, transfer.demand, lambda: self._copy_bytes(key, slot, start, stop))
+
+    def _start_transfer(self, transfer: Transfer) -> bool:
+        """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
+        key, residency = transfer.key, self.residency
+        if transfer.refresh:
+            residency.holds[key] = HELD
+            transfer.slot = self.slot_of[key]
+            if self.log is not None:
+                self._note("refresh", key)
+            return True
+        if not self._make_room(residency.pool_of_key[key], transfer.demand):
+            self.cancelled += 1
+            del self.transfers[key]
+            if self.log is not None:
+                self._note("cancel", key)
+            return False
+        residency.insert(key, self.now)
+        transfer.slot = self.slot_of[key] = self.free_slots.pop()
+        self.peak_slots = max(self.peak_slots, len(self.slot_of))
+        if transfer.demand:
+            self.bytes["demand"] += self.expert_bytes
+            if self.log is not None:
+                self._note("load", key)
+        else:
+            self.prefetches += 1
+            self.unused[key] = transfer
+            self.to_release.setdefault(transfer.target, []).append(key)
+            if self.log is not None:
+                self._note("prefetch", key)
+        return True
+
+    def _make_room(self, pool: int, demand: bool) -> bool:
+        """See to a free slot in `pool`: of an expert that nothing needs; for a demand also of one that was prefetched for a
+        coming event, or of a prefetch that is partly there."""
+        residency = self.residency
+        while len(residency.residents[pool]) >= residency.capacity[pool]:
+            leaving = residency.victim(pool, self.now, AWAITED)
+            if leaving < 0 and demand:
+                leaving = residency.victim(pool, self.now, HELD)
+            if leaving >= 0:
+                self._evict(leaving)
+            elif not demand:
+                return False
+            elif not self._give_up_a_prefetch(pool):
+                if not any(last is not None and not last.demand for _, _, last in self.link.in_flight):
+                    raise ContractError(no_victim(type(residency.eviction).__name__, -1))
+                self.link.await_oldest()  # a prefetch that cannot be called back holds the slot until it lands
+        return True
+
+    def _give_up_a_prefetch(self, pool: int) -> bool:
+        """Give up a prefetch of `pool` that is partly there, if there is one."""
+        for paused in self.link.prefetch:
+            if paused.started and self.residency.pool_of_key[paused.key] == pool:
+                self.link.prefetch.remove(paused)
+                self._give_up(paused)
+                return True
+        return False
+
+    def _evict(self, key: int) -> None:
+        """Take a slot away; a prefetch that was never used turns out wasted, a queued renewal is not needed."""
+        self.residency.evict(key, self.now)
+        self.free_slots.append(self.slot_of.pop(key))
+        if key in self.unused:
+            del self.unused[key]
+            self.bytes["wasted"] += self.expert_bytes
+        if key in self.transfers:
+            renewal = self.transfers.pop(key)
+            self.link.prefetch.remove(renewal)
+        if self.log is not None:
+            self._note("evict", key)
+
+    def _give_up(self, transfer: Transfer) -> None:
+        """Drop a transfer that nobody waits for; one that is partly there gives its slot back, its bytes were wasted."""
+        del self.transfers[transfer.key]
+        self.cancelled += 1
+        if self.log is not None:
+            self._note("cancel", transfer.key)
+        if transfer.started:
+            self.unused.pop(transfer.key, None)
+            self.bytes["refresh" if transfer.refresh else "wasted"] += transfer.sent
+            self._evict(transfer.key)
+
+    def _transfer_landed(self, transfer: Transfer) -> None:
+        """Make an expert usable."""
+        key = transfer.key
+        del self.transfers[key]
+        if self.log is not None:
+            self._note("landed", key)
+        if transfer.refresh:
+            self.bytes["refresh"] += self.expert_bytes
+        if transfer.demand:
+            return
+        if transfer.refresh or transfer.target <= self.now:
+            self.residency.holds[key] = FREE
+            if not transfer.refresh and self.system.composition.drop_unused_prefetches:
+                self._evict(key)
+        else:
+            self.residency.holds[key] = AWAITED
+
+    def _note(self, what: str, key: int) -> None:
+        assert self.log is not None
+        self.log.append((time.perf_counter_ns(), what, key, self.now))

@@ -1,0 +1,164 @@
+"""Triton kernels of the replay decoder: routing that the host can read, and experts by slot.
+
+They are small on purpose: at batch 1 to 4 an expert is read once from memory, and that is the time it takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+ID_BITS = 11
+"""A routed word is ``(step + 1) << ID_BITS | (expert + 1)``: one store says which expert, and that it is this step's."""
+
+
+@triton.jit
+def _route(
+    logits,
+    forced,
+    step,
+    gate,
+    words,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    token = tl.program_id(0)
+    now = tl.load(step).to(tl.int32)
+    expert_ids = tl.arange(0, BLOCK)
+    scores = tl.load(logits + token * E + expert_ids, mask=expert_ids < E, other=float("-inf")).to(tl.float32)
+    exponentials = tl.exp(scores - tl.max(scores, 0))
+    shares = exponentials / tl.sum(exponentials, 0)
+    for place in range(K):
+        expert = tl.load(forced + (now * N + token) * K + place)
+        weight = tl.sum(tl.where(expert_ids == expert, shares, 0.0), 0)
+        tl.store(gate + token * K + place, weight)
+        tl.store(words + token * K + place, ((now + 1) << BITS) | (expert + 1))
+
+
+@triton.jit
+def _take_row(ring, turn, slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr):
+    now = tl.load(turn)
+    places = tl.arange(0, BLOCK)
+    row = tl.load(ring + (now % RING) * WIDTH + places, mask=places < WIDTH, other=-1)
+    tl.store(slots + places, row, mask=places < WIDTH)
+    tl.store(turn, now + 1)
+
+
+@triton.jit
+def _take_list(source, target, count, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + places, tl.load(source + places, mask=places < count, other=0).to(tl.int64), mask=places < count)
+
+
+@triton.jit
+def _gate_up(
+    hidden,
+    pool,
+    slots,
+    activation,
+    SLOT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    entry = tl.program_id(0)
+    slot = tl.load(slots + entry).to(tl.int64)
+    if slot >= 0:
+        rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        inside = rows < W
+        gate_rows = pool + slot * SLOT + rows.to(tl.int64)[:, None] * H
+        up_rows = gate_rows + W * H
+        gate = tl.zeros((ROWS, BLOCK), tl.float32)
+        up = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, H, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            some = columns < H
+            x = tl.load(hidden + (entry // K) * H + columns, mask=some, other=0.0).to(tl.float32)[None, :]
+            both = inside[:, None] & some[None, :]
+            gate += tl.load(gate_rows + columns[None, :], mask=both, other=0.0).to(tl.float32) * x
+            up += tl.load(up_rows + columns[None, :], mask=both, other=0.0).to(tl.float32) * x
+        a = tl.sum(gate, 1)
+        tl.store(activation + entry * W + rows, a / (1.0 + tl.exp(-a)) * tl.sum(up, 1), mask=inside)
+
+
+@triton.jit
+def _down(
+    activation,
+    pool,
+    slots,
+    output,
+    SLOT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    entry = tl.program_id(0)
+    slot = tl.load(slots + entry).to(tl.int64)
+    if slot >= 0:
+        rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        inside = rows < H
+        down_rows = pool + slot * SLOT + 2 * W * H + rows.to(tl.int64)[:, None] * W
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, W, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            some = columns < W
+            x = tl.load(activation + entry * W + columns, mask=some, other=0.0)[None, :]
+            total += (
+                tl.load(down_rows + columns[None, :], mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32) * x
+            )
+        tl.store(output + entry * H + rows, tl.sum(total, 1), mask=inside)
+
+
+def route(logits: Any, forced: Any, step: Any, gate: Any, words: Any, top_k: int) -> None:
+    """Write the ids of `forced` [S, N, K] at `step` [1] as words [n, K] that the host reads, and their gate weights [n, K].
+
+    `logits` is [n, E]; a weight is the softmax over all experts; an id of -1 weighs nothing.
+    """
+    tokens, experts = logits.shape
+    _route[(tokens,)](
+        logits,
+        forced,
+        step,
+        gate,
+        words,
+        experts,
+        top_k,
+        forced.shape[1],
+        triton.next_power_of_2(experts),
+        ID_BITS,
+        num_warps=1,
+    )
+
+
+def take_row(ring: Any, turn: Any, slots: Any) -> None:
+    """Copy row ``turn % len(ring)`` of host memory `ring` [rows, entries] to `slots` [entries], and count `turn` [1] on."""
+    rows, width = ring.shape
+    _take_row[(1,)](ring, turn, slots, width, triton.next_power_of_2(width), rows, num_warps=1)
+
+
+def take_list(source: Any, target: Any, count: int) -> None:
+    """Copy `count` numbers of host memory (int32) to the device (int64) without the copy engine, which may be busy."""
+    _take_list[(triton.cdiv(count, 256),)](source, target, count, 256)
+
+
+def experts_by_slot(hidden: Any, pool: Any, slots: Any, activation: Any, output: Any, top_k: int) -> None:
+    """Compute ``output[e] = down(silu(gate(x)) * up(x))`` with the expert in slot ``slots[e]``; -1 leaves an entry alone.
+
+    x is ``hidden[e // top_k]``. Shapes: hidden [n, H] and pool [slots, elements of a slot] bf16, slots [n * K] int32,
+    activation [n * K, W] and output [n * K, H] fp32.
+    """
+    entries, width = activation.shape
+    size = hidden.shape[1]
+    shape = {"SLOT": pool.shape[1], "H": size, "W": width}
+    _gate_up[(entries, triton.cdiv(width, 8))](
+        hidden, pool, slots, activation, **shape, K=top_k, ROWS=8, BLOCK=512, num_warps=4
+    )
+    _down[(entries, triton.cdiv(size, 8))](activation, pool, slots, output, **shape, ROWS=8, BLOCK=512, num_warps=4)

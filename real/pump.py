@@ -1,0 +1,124 @@
+"""The link pump: one copy stream fed from two queues, so that a demand never stands behind all that was prefetched.
+
+A GPU's copy engine serves what it was given in order and cannot be told to put something aside. So prefetches are kept here
+and given to it a chunk at a time, at most `window_bytes` ahead; demands are given to it at once. It runs on the host thread,
+whenever that has a moment (`go`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from real.device import COPY, Device
+
+
+class Transfer:
+    """One expert on its way, or waiting for it."""
+
+    __slots__ = ("demand", "key", "refresh", "sent", "slot", "started", "target", "ticket")
+
+    def __init__(self, key: int, target: int, *, demand: bool = False, refresh: bool = False) -> None:
+        self.key = key
+        self.target = target
+        """The event that is to use the expert."""
+        self.demand = demand
+        """Whether an event waits for it; a prefetch becomes a demand when its event comes first."""
+        self.refresh = refresh
+        """Whether it renews the copy of an expert that already holds a slot."""
+        self.started = False
+        """Whether it holds its slot: from its first chunk on."""
+        self.sent = 0
+        """Bytes given to the copy stream so far."""
+        self.slot = -1
+        self.ticket = 0
+        """Of its last chunk, once that is given to the copy stream."""
+
+
+class Pump:
+    """Feeds the copy stream of `device` with experts of `expert_bytes` in copies of at most `chunk_bytes`.
+
+    `start(transfer)` is asked when the first chunk is about to go; it reserves the slot and returns whether there is one (a
+    demand always gets one). `copy(transfer, start, stop)` submits the copy of those bytes. `landed(transfer)` is told when
+    the host finds out that the last chunk arrived.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        expert_bytes: int,
+        chunk_bytes: int,
+        window_bytes: int,
+        start: Callable[[Transfer], bool],
+        copy: Callable[[Transfer, int, int], None],
+        landed: Callable[[Transfer], None],
+    ) -> None:
+        self.device = device
+        self.expert_bytes = expert_bytes
+        self.chunk_bytes = min(chunk_bytes, expert_bytes)
+        self.window_bytes = window_bytes
+        self._start, self._copy, self._landed = start, copy, landed
+        self.demand: deque[Transfer] = deque()
+        self.prefetch: deque[Transfer] = deque()
+        """Prefetches that the copy stream was not given whole."""
+        self.in_flight: deque[tuple[int, int, Transfer | None]] = deque()
+        """(ticket, bytes, the transfer that ends with it) of every chunk that was given to the copy stream."""
+        self.in_flight_bytes = 0
+        self.bytes_sent = 0
+        """All bytes ever given to the copy stream."""
+
+    def go(self) -> None:
+        """Give the copy stream all demands, and prefetches up to the window."""
+        self.poll()
+        while self.demand:
+            self._send_whole(self.demand.popleft())
+        while self.prefetch and self.in_flight_bytes < self.window_bytes:
+            transfer = self.prefetch.popleft()
+            if not transfer.started:
+                if not self._start(transfer):
+                    continue
+                transfer.started = True
+            self._send_chunk(transfer)
+            if transfer.sent < self.expert_bytes:
+                self.prefetch.appendleft(transfer)
+
+    def promote(self, transfer: Transfer) -> None:
+        """Turn a prefetch into a demand; what was sent is kept."""
+        transfer.demand = True
+        if transfer.sent < self.expert_bytes:
+            self.prefetch.remove(transfer)
+            self.demand.append(transfer)
+
+    def poll(self) -> None:
+        """Find out what has landed."""
+        in_flight, device = self.in_flight, self.device
+        while in_flight and device.done(COPY, in_flight[0][0]):
+            _, size, transfer = in_flight.popleft()
+            self.in_flight_bytes -= size
+            if transfer is not None:
+                self._landed(transfer)
+
+    def await_oldest(self) -> None:
+        """Let the host wait until the oldest chunk has landed."""
+        self.device.synchronize(COPY, self.in_flight[0][0])
+        self.poll()
+
+    def _send_whole(self, transfer: Transfer) -> None:
+        if not transfer.started:
+            self._start(transfer)
+            transfer.started = True
+        while transfer.sent < self.expert_bytes:
+            self._send_chunk(transfer)
+
+    def _send_chunk(self, transfer: Transfer) -> None:
+        start = transfer.sent
+        stop = min(start + self.chunk_bytes, self.expert_bytes)
+        self._copy(transfer, start, stop)
+        ticket = self.device.record(COPY)
+        transfer.sent = stop
+        last = stop == self.expert_bytes
+        if last:
+            transfer.ticket = ticket
+        self.in_flight.append((ticket, stop - start, transfer if last else None))
+        self.in_flight_bytes += stop - start
+        self.bytes_sent += stop - start

@@ -1,0 +1,467 @@
+"""Replay recorded routing on a GPU, cell by cell: ``python -m real.replay CELLS.json --out DIR``.
+
+A cell is one system on one trace, shape and number of slots, made where the configuration is (`real.cells`) and run where
+the GPU is; nothing of the command line is imported. Every cell's result is written as soon as there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import gzip
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from policies.system import AXES, Composition, System, build_system, find_part
+from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
+from real.device import COPY, Device
+from real.executor import Executor, Shape
+from real.routing import plain_events, plain_future, replay_inputs
+from real.schedule import Schedule
+from real.slab import HostSlab
+from real.standin import StandIn
+from real.timeline import Timeline
+from sim.observations import Observations
+from sim.workload import Workload, make_workload
+from traces.errors import InputError, nearest
+from traces.files import load_trace
+
+Log = list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run, as plain values: what a JSON file holds."""
+
+    name: str
+    trace: str
+    """Trace file; where it does not start with /, beside the cells' file."""
+    workload: Mapping[str, Any]
+    """Arguments of `sim.workload.make_workload`."""
+    model: Mapping[str, int]
+    """Fields of `real.decoder.ModelShape`."""
+    system: Mapping[str, Any]
+    """``name``, ``drop_unused_prefetches``, ``reupload_after_use``, and by axis a policy's YAML."""
+    slots: int
+    warmup: int
+    """Steps before the timed ones."""
+    steps: int
+    """Timed steps, without device marks."""
+    marked: int
+    """Steps after the timed ones, with device marks."""
+    seed: int
+    layer_ns: int
+    """What the simulator says a decode layer takes; policies may ask."""
+    transfer_ns: int
+    """What it says a transfer takes."""
+    chunk_bytes: int
+    window_bytes: int
+    """Prefetched bytes that the copy stream is given ahead."""
+    preload: bool = False
+    """Whether all experts are brought into slots before the first step."""
+    one_by_one: bool = True
+    """Whether experts compute each as it lands, or all after the last."""
+    prove: bool = False
+    """Whether the schedule is proved; slow."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """The decoder's sizes."""
+        return ModelShape(**self.model)
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Return the cells of a JSON file, their trace paths made whole. Raises InputError."""
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+    known = {field.name for field in fields(Cell)}
+    cells = []
+    for place, entry in enumerate(entries):
+        for name in entry:
+            if name not in known:
+                raise InputError(f"{path}: cell {place} has no field '{name}': {nearest(name, known)}")
+        try:
+            cell = Cell(**entry)
+            cell.shape  # noqa: B018  # whose sizes must be there
+        except TypeError as error:
+            raise InputError(f"{path}: cell {place}: {error}") from error
+        cells.append(Cell(**{**entry, "trace": str(path.parent / cell.trace)}))
+    return cells
+
+
+class Model:
+    """Weights of a shape: routed experts in host memory, all else on `where` (``cpu`` or ``cuda``)."""
+
+    def __init__(self, shape: ModelShape, where: str, seed: int = 0) -> None:
+        self.shape, self.where = shape, where
+        experts = shape.layers * shape.experts
+        if where == "cpu":
+            self.slab = HostSlab(experts, shape.expert_bytes)
+        else:
+            from real import cuda
+
+            self.slab = HostSlab(experts, shape.expert_bytes, cuda.register, cuda.unregister)
+        try:
+            self.slab.fill(seed)
+            self.weights = Weights(shape, where, seed)
+        except BaseException:
+            self.slab.close()
+            raise
+
+    def close(self) -> None:
+        """Release host memory and weights."""
+        self.slab.close()
+        del self.weights
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a cell gave."""
+
+    row: dict[str, Any]
+    log: Log
+    timeline: Timeline
+    chosen: Any
+    """[S, N] tokens."""
+    checksums: Any
+    """[S] of the last hidden states."""
+
+
+def run_cell(cell: Cell, model: Model, device: Device | None = None) -> Measured:
+    """Run one cell. `device` is by default the GPU, or on a machine without one a stand-in that runs all at once.
+
+    Raises InputError where memory does not suffice, a copy fails or the device is lost; whatever happens, nothing of the
+    cell stays allocated.
+    """
+    workload = make_workload(load_trace(cell.trace), **cell.workload)
+    total = cell.warmup + cell.steps + cell.marked
+    if total > len(workload.decode):
+        raise InputError(f"cell '{cell.name}' asks for {total} steps, but its workload has {len(workload.decode)}")
+    free_device_memory()  # what an exception of an earlier cell still held
+    with _device_errors(cell), _opened(device, model.where, cell) as opened:
+        return _measure(cell, model, workload, opened)
+
+
+def build_cell_system(cell: Cell, workload: Workload) -> System:
+    """Build a cell's system afresh. Raises InputError."""
+    known = cell.system
+    composition = Composition(
+        name=known["name"],
+        parts={axis: find_part(axis, known[axis]) for axis in AXES},
+        drop_unused_prefetches=known["drop_unused_prefetches"],
+        reupload_after_use=known["reupload_after_use"],
+    )
+    composition.check(workload.trace.capabilities(), cell.trace)
+    spec = workload.trace.model
+    return build_system(
+        composition,
+        slots=cell.slots,
+        layers=spec.layers,
+        experts=spec.experts,
+        top_k=spec.top_k,
+        seed=cell.seed,
+        layer_ns=cell.layer_ns,
+        transfer_ns=cell.transfer_ns,
+        future=lambda: plain_future(plain_events(workload)),
+    )
+
+
+def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Measured:
+    system = build_cell_system(cell, workload)
+    shape, where = model.shape, model.where
+    total = cell.warmup + cell.steps + cell.marked
+    slots = int(system.setting.capacity.sum())
+    _check_room(slots * model.slab.slot_bytes, where)
+    pool = SlotPool(shape, slots, where)
+    link_rate = _link_rate(device, model, pool) if where != "cpu" else float("nan")
+    decoder = ReplayDecoder(shape, model.weights, replay_inputs(workload, total), pool, device, where, cell.seed)
+    with _no_garbage_collection():  # which could free what a capture must not see freed
+        decoder.capture()
+    slab, slot_bytes = model.slab, model.slab.slot_bytes
+
+    def copy(key: int, slot: int, start: int, stop: int) -> None:
+        device.copy(pool.address + slot * slot_bytes + start, slab.address + key * slot_bytes + start, stop - start)
+
+    log: Log = []
+    timeline = Timeline(device, shape.layers)
+    executor = Executor(
+        system,
+        Shape(total, shape.layers, shape.experts),
+        Observations(workload, system.composition.needs).event,
+        decoder,
+        device,
+        copy,
+        expert_bytes=shape.expert_bytes,
+        chunk_bytes=cell.chunk_bytes,
+        window_bytes=cell.window_bytes,
+        timeline=timeline,
+        log=log,
+        one_by_one=cell.one_by_one,
+    )
+    if cell.preload:
+        executor.preload(range(shape.layers * shape.experts))
+    with _no_garbage_collection():
+        executor.run(range(cell.warmup + cell.steps))
+        timeline.marks = True
+        executor.run(range(cell.warmup + cell.steps, total))
+    row = {
+        **_identity(cell, slots, where),
+        **_times(cell, timeline, link_rate),
+        **_counts(executor),
+        "decisions_digest": digest(log),
+        "outputs_digest": hashlib.sha256(decoder.checksums.cpu().numpy().tobytes()).hexdigest(),
+        "distinct_tokens": len(torch.unique(decoder.chosen)),
+        "peak_device_bytes": _peak_bytes(where),
+    }
+    return Measured(row, log, timeline, decoder.chosen.cpu().numpy(), decoder.checksums.cpu().numpy())
+
+
+def digest(log: Log) -> str:
+    """Return a sha256 over the decisions of a log, whenever they happened."""
+    return hashlib.sha256(json.dumps([entry[1:] for entry in log]).encode()).hexdigest()
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def _identity(cell: Cell, slots: int, where: str) -> dict[str, Any]:
+    return {
+        "cell": cell.name,
+        "system": cell.system["name"],
+        "model": dict(cell.model),
+        "slots": slots,
+        "warmup": cell.warmup,
+        "timed": cell.steps,
+        "marked": cell.marked,
+        "device": torch.cuda.get_device_name() if where != "cpu" else "stand-in on a CPU",
+        "torch": torch.__version__,
+    }
+
+
+def _times(cell: Cell, timeline: Timeline, link_rate: float) -> dict[str, Any]:
+    """Return times, ns: of the timed steps by the host's clock, of the marked ones by the device's."""
+    timed = slice(cell.warmup, cell.warmup + cell.steps)
+    step_ns = timeline.step_ns[timed]
+    found: dict[str, Any] = {
+        "step_ns": step_ns.tolist(),
+        "step_ns_median": float(np.median(step_ns)) if len(step_ns) else float("nan"),
+        "step_ns_mean": float(step_ns.mean()) if len(step_ns) else float("nan"),
+        "host_per_layer_ns": timeline.host_parts(timed),
+        "link_bytes_per_s": link_rate,
+    }
+    marked = timeline.device_times()
+    if marked is not None:
+        found["marked_ns"] = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in marked._asdict().items()
+        }
+        found["copy_efficiency"] = marked.burst_bytes_per_s / link_rate
+    return found
+
+
+def _counts(executor: Executor) -> dict[str, Any]:
+    counts = executor.outcome()._asdict()
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in counts.items()}
+
+
+def _link_rate(device: Device, model: Model, pool: SlotPool) -> float:
+    """Return bytes/s of back-to-back copies of single experts into a pool that holds nothing yet."""
+    device.drain()
+    copies, size, blocks = 96, model.shape.expert_bytes, len(model.slab.blocks)
+    rate = 0.0
+    for _ in range(3):  # the first train wakes the link up
+        start = device.mark(COPY)
+        for number in range(copies):
+            target = pool.address + number % len(pool.bytes) * pool.slot_bytes
+            device.copy(target, model.slab.address + number * 7 % blocks * pool.slot_bytes, size)
+        end = device.mark(COPY)
+        device.drain()
+        rate = max(rate, copies * size / (device.mark_ns(end) - device.mark_ns(start)) * 1e9)
+    return rate
+
+
+# ---- the machine -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(device: Device | None, where: str, cell: Cell) -> Iterator[Device]:
+    """Open the device that a cell runs on and close it, with all that was submitted to it done or dropped."""
+    schedule = Schedule(cell.shape.expert_bytes) if cell.prove else None
+    if device is not None:
+        yield device
+    elif where == "cpu":
+        yield StandIn("eager", schedule=schedule)
+    else:
+        from real.cuda import Cuda
+
+        torch.cuda.reset_peak_memory_stats()
+        opened = Cuda(schedule)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@contextmanager
+def _device_errors(cell: Cell) -> Iterator[None]:
+    """Say in one sentence what torch and the driver say in many; wait for the device and free what the cell had."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"cell '{cell.name}': the GPU's memory does not suffice: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        if "CUDA" not in str(error) and "cuda" not in str(error):
+            raise
+        raise InputError(f"cell '{cell.name}': the GPU failed: {str(error).splitlines()[0]}") from error
+    finally:
+        with suppress(RuntimeError):  # of a device that is lost, which was said already
+            free_device_memory()
+
+
+def free_device_memory() -> None:
+    """Wait for the GPU, if there is one, and give back what nobody refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _check_room(size: int, where: str) -> None:
+    """Raise InputError where the GPU has not `size` bytes for the slots."""
+    if where == "cpu":
+        return
+    free, _ = torch.cuda.mem_get_info()
+    if size > free:
+        raise InputError(
+            f"the GPU's memory does not suffice: the slots need {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; "
+            "lower the budget"
+        )
+
+
+def _peak_bytes(where: str) -> int:
+    return torch.cuda.max_memory_allocated() if where != "cpu" else 0
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> int:
+    """Run cells until the time is up and write each one's result at once; return how many failed.
+
+    ``results.jsonl`` gets a row per cell, ``decisions.jsonl.gz`` its log, ``stamps.jsonl.gz`` host stamps and device marks.
+    """
+    end = time.monotonic() + minutes * 60
+    out.mkdir(parents=True, exist_ok=True)
+    model: Model | None = None
+    failed = 0
+    try:
+        for cell in cells:
+            if time.monotonic() > end:
+                print(f"time is up: {cell.name} and what follows did not run", flush=True)
+                break
+            began = time.monotonic()
+            try:
+                if model is None or model.shape != cell.shape:
+                    if model is not None:
+                        model.close()
+                        model = None
+                    with _device_errors(cell):
+                        model = Model(cell.shape, where)
+                measured = run_cell(cell, model)
+                write_result(out, cell, measured)
+                print(line(measured.row, time.monotonic() - began), flush=True)
+            except InputError as error:
+                failed += 1
+                _append(out / "results.jsonl", {"cell": cell.name, "error": str(error)})
+                print(f"{cell.name}: {error}", flush=True)
+    finally:
+        if model is not None:
+            model.close()
+    return failed
+
+
+def write_result(out: Path, cell: Cell, measured: Measured) -> None:
+    """Append a cell's row, log and times to the files in `out`."""
+    _append(out / "results.jsonl", measured.row)
+    timeline = measured.timeline
+    ns, what, key, event = (list(column) for column in zip(*measured.log, strict=True)) if measured.log else ([], [], [], [])
+    log = {"cell": cell.name, "ns": ns, "what": what, "key": key, "event": event}
+    _append_packed(out / "decisions.jsonl.gz", log)
+    times = {
+        "cell": cell.name,
+        "stamps": timeline.stamps.tolist(),
+        "marks": timeline.device_marks().tolist(),
+        "copies": timeline.copy_marks().tolist(),
+    }
+    _append_packed(out / "stamps.jsonl.gz", times)
+
+
+def line(row: Mapping[str, Any], seconds: float) -> str:
+    """Return a cell's result as one line of text."""
+    marked = row.get("marked_ns", {})
+    parts = " / ".join(f"{np.mean(marked[name]) / 1e6:.2f}" for name in ("compute", "wait", "host")) if marked else "-"
+    host = " ".join(f"{name} {ns / 1e3:.0f}" for name, ns in row["host_per_layer_ns"].items())
+    experts = "/".join(str(sum(row[name])) for name in ("hits", "late_hits", "misses"))
+    return (
+        f"{row['cell']:44} {row['step_ns_mean'] / 1e6:7.2f} ms a step (median {row['step_ns_median'] / 1e6:.2f}), marked: "
+        f"compute/wait/host {parts} ms; hits/late/misses {experts}; link {row.get('copy_efficiency', float('nan')):.1%} of "
+        f"{row['link_bytes_per_s'] / 1e9:.1f} GB/s; host us a layer: {host}; {row['peak_device_bytes'] / 1e9:.2f} GB; "
+        f"{seconds:.1f} s"
+    )
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _append_packed(path: Path, row: Mapping[str, Any]) -> None:
+    with gzip.open(path, "at", compresslevel=6) as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m real.replay", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no cell after so many minutes")
+    parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.where == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                "there is no GPU that torch can use; --where cpu runs the same code on a stand-in, which times nothing"
+            )
+        return 1 if run_cells(read_cells(chosen.cells), chosen.out, where=chosen.where, minutes=chosen.minutes) else 0
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the results of all cells that were complete are written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""When everything happened: host stamps always, device marks where asked for; nothing here waits for the device.
+
+A host stamp costs a tenth of a microsecond, a device mark some microseconds of host time, so marks can be left out to see
+what they cost. `Timeline.device_times` turns them into the terms of the memory model (docs/model.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from policies.contract import Ints
+from real.device import COMPUTE, COPY, Device
+
+STAMPS = ("begin", "gate_issued", "routed", "decided", "experts_issued")
+"""Host stamps of every (step, layer): it begins to issue attention and gate; has issued them; knows the routed experts; has
+decided and fed the link; has issued the experts."""
+
+MARKS = ("attention", "gate", "wait", "start", "end", "head", "step_end")
+"""Places in the compute stream: before attention and after the gate; before it waits for a transfer; before and after a
+group of experts; before and after the head."""
+
+_ATTENTION, _GATE, _WAIT, _START, _END, _HEAD, _STEP_END = range(len(MARKS))
+
+
+class DeviceTimes(NamedTuple):
+    """Where the compute stream's time went in every marked step, ns; S steps. compute + wait + host is the duration."""
+
+    compute: Ints
+    wait: Ints
+    host: Ints
+    """It stood still for the host thread."""
+    attention: Ints
+    """Part of compute: attention and gate of all layers."""
+    experts: Ints
+    """Part of compute: routed experts of all layers."""
+    head: Ints
+    """Part of compute: the step's end."""
+    link_busy: Ints
+    """Time the copy stream spent copying experts, by the step in which the copy was submitted."""
+    burst_bytes_per_s: float
+    """Rate of the link while the demands of events with at least two were served; NaN where there was none."""
+
+
+class Timeline:
+    """Stamps and marks of a run on `device`; device marks only if `marks` is true."""
+
+    def __init__(self, device: Device, layers: int, *, marks: bool = False) -> None:
+        self.device = device
+        self.layers = layers
+        self.marks = marks
+        """Whether to make device marks; may be switched on between two steps."""
+        self.issued_ns = 0
+        """When the last gate was issued."""
+        self._step = self._layer = 0
+        self._stamps: list[int] = []
+        self._step_stamps: list[int] = []
+        self._marks: list[tuple[int, int, int, int]] = []
+        """(step, layer, kind, mark)"""
+        self._copies: list[tuple[int, int, int, int, int]] = []
+        """(event, bytes, whether a demand, mark before, mark after)"""
+
+    # ---- while it runs ---------------------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """The host begins to issue a step."""
+        self._step, self._layer = step, 0
+        self._step_stamps.append(time.perf_counter_ns())
+        self._mark(_ATTENTION)
+
+    def begin_layer(self, step: int, layer: int) -> None:
+        """The host begins to issue attention and gate."""
+        self._layer = layer
+        self._stamps.append(time.perf_counter_ns())
+        if layer:
+            self._mark(_ATTENTION)
+
+    def gate_issued(self) -> None:
+        """Attention and gate are issued."""
+        self._mark(_GATE)
+        self.issued_ns = time.perf_counter_ns()
+        self._stamps.append(self.issued_ns)
+
+    def routed(self) -> None:
+        """The host knows the routed experts."""
+        self._stamps.append(time.perf_counter_ns())
+
+    def decided(self) -> None:
+        """The policies have decided and the link is fed."""
+        self._stamps.append(time.perf_counter_ns())
+
+    def experts_issued(self) -> None:
+        """The event's experts are issued; what the compute stream gets next belongs to the step's end."""
+        self._stamps.append(time.perf_counter_ns())
+        if self._layer + 1 == self.layers:
+            self._mark(_HEAD)
+
+    def end_step(self, step: int) -> None:
+        """The step's end is issued."""
+        self._mark(_STEP_END)
+
+    def mark_wait(self) -> None:
+        """The compute stream is about to wait for a transfer."""
+        self._mark(_WAIT)
+
+    def mark_start(self) -> None:
+        """A group of experts is about to be computed."""
+        self._mark(_START)
+
+    def mark_end(self) -> None:
+        """A group of experts is computed."""
+        self._mark(_END)
+
+    def mark_copy(self, event: int, size: int, demand: bool, copy: Callable[[], None]) -> None:
+        """Submit a copy of `size` bytes during `event`, between two marks."""
+        if not self.marks:
+            copy()
+            return
+        before = self.device.mark(COPY)
+        copy()
+        self._copies.append((event, size, int(demand), before, self.device.mark(COPY)))
+
+    def _mark(self, kind: int) -> None:
+        if self.marks:
+            self._marks.append((self._step, self._layer, kind, self.device.mark(COMPUTE)))
+
+    # ---- afterwards ------------------------------------------------------------------------------------------
+
+    @property
+    def stamps(self) -> Ints:
+        """[S, L, len(STAMPS)] host ns."""
+        return np.array(self._stamps, np.int64).reshape(-1, self.layers, len(STAMPS))
+
+    @property
+    def step_ns(self) -> Ints:
+        """[S - 1] host ns from one step's first gate to the next one's."""
+        return np.diff(self.stamps[:, 0, STAMPS.index("routed")])
+
+    def host_parts(self, steps: slice) -> dict[str, float]:
+        """Return median host ns per layer by what they were spent on; waiting for the gate is not work."""
+        parts = np.diff(self.stamps[steps], axis=2)
+        names = ("issue_gate", "await_gate", "decide_and_feed", "issue_experts")
+        return {name: float(np.median(parts[:, :, place])) for place, name in enumerate(names)}
+
+    def device_marks(self) -> Ints:
+        """[marks, 4] step, layer, index into `MARKS`, host-clock ns; in stream order."""
+        rows = [(step, layer, kind, self.device.mark_ns(mark)) for step, layer, kind, mark in self._marks]
+        return np.array(rows, np.int64).reshape(-1, 4)
+
+    def copy_marks(self) -> Ints:
+        """[copies, 5] event, bytes, whether a demand, host-clock ns before and after; in the order of the copy stream."""
+        ns = self.device.mark_ns
+        rows = [(event, size, demand, ns(before), ns(after)) for event, size, demand, before, after in self._copies]
+        return np.array(rows, np.int64).reshape(-1, 5)
+
+    def device_times(self) -> DeviceTimes | None:
+        """Return where the time of every marked step went; None where no marks were made."""
+        if not self._marks:
+            return None
+        rows = self.device_marks()
+        first = int(rows[0, 0])
+        steps = int(rows[-1, 0]) - first + 1
+        step = rows[:-1, 0] - first
+        spans = np.diff(rows[:, 3])
+        kinds = rows[:-1, 2]
+
+        def total(*wanted: int) -> Ints:
+            chosen = np.isin(kinds, wanted)
+            return np.bincount(step[chosen], weights=spans[chosen], minlength=steps).astype(np.int64)
+
+        attention, experts, head, wait = total(_ATTENTION), total(_START), total(_HEAD), total(_WAIT)
+        ends = rows[rows[:, 2] == _STEP_END, 3]
+        duration = np.diff(ends, prepend=rows[0, 3])
+        compute = attention + experts + head
+        busy, rate = self._link(first, steps)
+        return DeviceTimes(compute, wait, duration - compute - wait, attention, experts, head, busy, rate)
+
+    def _link(self, first: int, steps: int) -> tuple[Ints, float]:
+        copies = self.copy_marks()
+        step = np.maximum(copies[:, 0] // self.layers - first, 0)
+        busy = np.bincount(step, weights=copies[:, 4] - copies[:, 3], minlength=steps)[:steps].astype(np.int64)
+        moved = spent = 0
+        for event in np.unique(copies[:, 0]):
+            train = copies[(copies[:, 0] == event) & (copies[:, 2] == 1)]
+            if len(train) > 1:
+                moved += int(train[:, 1].sum())
+                spent += int(train[-1, 4] - train[0, 3])
+        return busy, moved / spent * 1e9 if spent else float("nan")

@@ -1,0 +1,291 @@
+"""The command ``foregate validate``: measured runs, from this machine's GPU or from files, beside their simulation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from real.chrome import write_chrome_trace
+from real.measured import MeasuredRun, from_replay, read_folder, replay_results, write_measured
+from real.validation import CellReport, compare_cell, find_trace, in_order, kendall_tau, summary
+from sim import store
+from sim.config import Config, check_config, check_types, compose_config
+from sim.experiment import workload_of
+from sim.hardware import Hardware, make_hardware, model_spec
+from sim.workload import make_workload
+from traces import Trace, load_trace, save_trace
+from traces.errors import InputError
+
+OWN = ("runs", "cells", "timeline", "json")
+"""Settings of this command, beside those of a simulation."""
+
+GROUND_TRUTH = Path(__file__).parent / "ground_truth"
+"""Committed measurements: a folder per GPU with runs, ``hardware.json`` (the resolved profile) and ``summary.json``."""
+
+Run = tuple[MeasuredRun, Trace]
+
+
+def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tuple[list[CellReport], Hardware, Path]:
+    """Compare measured runs with the simulation; return reports, anchors first, the profile, and the timeline's file.
+
+    `overrides` are Hydra overrides of ``conf/validate.yaml``. With ``runs=FOLDER`` those runs are compared; without, the
+    system is run on this machine's GPU after the three anchors, and the runs are kept under results; without a GPU the
+    committed ground truth is compared. A folder that holds its own ``hardware.json`` is simulated on that profile, unless
+    `overrides` choose another. ``system=winner`` is the fastest stored result on the trace. Raises InputError.
+    """
+    overrides = resolve_winner(list(overrides), config_dir)
+    config = compose_config("validate", overrides, config_dir)
+    check_config({name: value for name, value in config.items() if name not in OWN})
+    check_types(config)
+    results = Path(config["results"]) / "validation"
+    folder = _ground_truth() if config["runs"] is None and not _has_gpu() else config["runs"]
+    runs = _measure(config, overrides, config_dir, results) if folder is None else _stored(Path(folder), config["cells"])
+    chosen = any(override.startswith("hardware") for override in overrides)
+    own = None if folder is None or chosen else Path(folder) / "hardware.json"
+    hardware = make_hardware(config["hardware"] if own is None or not own.is_file() else _read_json(own))
+    reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
+    timeline = Path(config["timeline"] or results / "timeline.json.gz")
+    _write_timeline(timeline, reports[-1], next(run for run, _ in runs if run.name == reports[-1].name))
+    return reports, hardware, timeline
+
+
+def resolve_winner(overrides: list[str], config_dir: str | None = None) -> list[str]:
+    """Write ``system=winner`` out as the fastest stored system on the trace, ceilings left out. Raises InputError."""
+    if "system=winner" not in overrides:
+        return overrides
+    others = [override for override in overrides if override != "system=winner"]
+    config = compose_config("validate", others, config_dir)
+    rows = store.read_rows(config["results"])
+    trace_hash = workload_of(config).trace.hash
+    rows = rows[(rows["trace_hash"] == trace_hash) & ~rows["ceiling"]]
+    if any(override.startswith("budget=") for override in others):
+        rows = rows[[json.loads(row)["budget"] == config["budget"] for row in rows["config"]]]
+    if rows.empty:
+        raise InputError(
+            f"system=winner: {config['results']} holds no result on this trace and budget: `foregate compare` makes one"
+        )
+    best = rows.sort_values("tokens_per_s").iloc[-1]
+    name, *changes = str(best["system"]).split("+")
+    stored = json.loads(best["config"])
+    budget = [] if any(override.startswith("budget=") for override in others) else [f"budget={stored['budget']}"]
+    return [*others, f"system={name}", *changes, *budget]
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def _ground_truth() -> Path:
+    """Return the folder of committed measurements. Raises InputError unless there is one."""
+    folders = sorted(path.parent for path in GROUND_TRUTH.glob("*/summary.json"))
+    if len(folders) == 1:
+        return folders[0]
+    known = f"choose one of {', '.join(map(str, folders))}" if folders else "no measurements are committed yet"
+    raise InputError(f"there is no GPU that torch can use: give runs=FOLDER of measured runs ({known})")
+
+
+def _stored(folder: Path, cells_file: str | None) -> list[Run]:
+    """Read measured runs, or results of the executor, from a folder."""
+    if not folder.is_dir():
+        raise InputError(f"runs is '{folder}': there is no such folder")
+    if not (folder / "results.jsonl").is_file():
+        return [(run, find_trace(run, folder)) for run in read_folder(folder)]
+    from real.replay import read_cells
+
+    path = Path(cells_file or folder / "cells.json")
+    if not path.is_file():
+        raise InputError(f"cells: there is no file {path}; name the cells.json that was run")
+    cells = {cell.name: asdict(cell) for cell in read_cells(path)}
+    runs = []
+    for row, log in replay_results(folder):
+        if row["cell"] not in cells:
+            raise InputError(f"{path}: there is no cell '{row['cell']}', but a result of it")
+        runs.append(_as_run(cells[row["cell"]], row, log))
+    return runs
+
+
+def _as_run(cell: dict[str, Any], row: dict[str, Any], log: Any, driver: str | None = None) -> Run:
+    trace = load_trace(cell["trace"])
+    decode = make_workload(trace, **cell["workload"]).decode
+    return from_replay({**cell, "trace": Path(cell["trace"]).name}, row, log, decode, trace.hash, driver), trace
+
+
+def _measure(
+    config: Config, overrides: Sequence[str], config_dir: str | None, results: Path, where: str = "cuda"
+) -> list[Run]:
+    """Run the three anchors and the config's system on the GPU and keep the runs."""
+    if config_dir is not None:
+        raise InputError("--config-dir: cells for the GPU are made from the options of foregate's own conf/ only")
+    from real.calibration import gpu_facts
+    from real.replay import Model, run_cell
+
+    results.mkdir(parents=True, exist_ok=True)
+    cells = _cells(config, overrides, results.resolve())
+    driver = gpu_facts()["driver"] if where == "cuda" else None
+    model = Model(cells[0].shape, where)
+    try:
+        runs = []
+        for cell in cells:
+            measured = run_cell(cell, model)
+            run = _as_run(asdict(cell), measured.row, measured.log, driver)
+            write_measured(results, run[0])
+            runs.append(run)
+        return runs
+    finally:
+        model.close()
+
+
+def _cells(config: Config, overrides: Sequence[str], folder: Path) -> list[Any]:
+    """Return the cells of the three anchors and of the config's system, on its trace in the model's shape."""
+    from real.cells import fit_routing, make_cell
+
+    trace = workload_of(config).trace
+    spec = model_spec(config["model"], trace.model)
+    if (trace.model.layers, trace.model.experts, trace.model.top_k) != (spec.layers, spec.experts, spec.top_k):
+        trace = fit_routing(trace, spec)
+    path = folder / "routing.safetensors"
+    save_trace(trace, path)
+    left_out = ("trace", "system", "budget", *OWN)
+    common = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in left_out]
+    parts = [o for o in common if o.partition("=")[0].partition(".")[0] not in _RUN_SETTINGS]
+    settings = [o for o in common if o not in parts]
+    settings += [f"trace={path}", f"budget={config['budget']}", f"results={config['results']}"]
+    system = next((o for o in overrides if o.startswith("system=")), "system=lru")
+    made = [
+        make_cell("all resident", [*settings, "system=lru"], folder, slots=spec.layers * spec.experts, preload=True),
+        make_cell("all missing", [*settings, "system=load_on_demand"], folder),
+        make_cell("perfect prefetch", [*settings, "system=clairvoyant"], folder),
+        make_cell(config["system"]["name"], [*settings, system, *parts], folder),
+    ]
+    return [replace(cell, trace=str(path)) for cell in made]
+
+
+_RUN_SETTINGS = ("workload", "hardware", "model", "precision", "seed", "engine", "results")
+"""Overrides that concern the anchors too; the others make the system."""
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+# ---- what comes out ----------------------------------------------------------------------------------------------
+
+
+def _write_timeline(path: Path, report: CellReport, run: MeasuredRun) -> None:
+    """Write four steps of the report's two runs side by side."""
+    model, last = run.cell["model"], int(run.steps["step"].max()) + 1
+    names = (f"measured: {report.name}", f"simulated: {report.name}")
+    logs = dict(zip(names, report.logs, strict=True))
+    write_chrome_trace(path, logs, model["layers"], model["experts"], range(max(0, last - 4), last))
+
+
+def print_reports(out: Console, reports: Sequence[CellReport], hardware: Hardware) -> None:
+    """Print a table of all cells, anchors first, and what they add up to."""
+    table = Table(title=f"simulation against measurement, hardware {hardware.name} ({hardware.tags()})")
+    table.add_column("cell")
+    for column in ("measured ms", "closed", "open", *(f"{name} (open)" for name in ("compute", "wait", "host", "link"))):
+        table.add_column(column, justify="right")
+    table.add_column("decisions differ", justify="right")
+    for report in reports:
+        parts = [f"{part.error:+.1%}" for part in report.open_loop.components] or ["-"] * 4
+        differ = report.divergence
+        decisions = f"{differ.differing / differ.events:.1%}" + (f", first {differ.first}" if differ.differing else "")
+        table.add_row(
+            f"{report.name} (anchor)" if report.anchor else report.name,
+            f"{report.measured_tpot_ns / 1e6:.3f}",
+            f"{report.closed_loop.error:+.1%}",
+            f"{report.open_loop.error:+.1%}",
+            *parts,
+            decisions,
+        )
+    out.print(table)
+    found = summary(reports)
+    tau = kendall_tau(reports)
+    out.print(
+        f"closed loop: mean error {found['mean_error']:.1%}, worst {found['worst_error']:.1%}; ranking agreement (Kendall "
+        f"tau) {'-' if tau is None else f'{tau:.2f}'}. Errors are (simulated - measured) / measured step.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def reports_dict(reports: Sequence[CellReport]) -> dict[str, Any]:
+    """Return everything but the logs as JSON values."""
+    cells = []
+    for report in reports:
+        fields = report._asdict()
+        del fields["logs"]
+        for name in ("open_loop", "closed_loop"):
+            loop = fields[name]
+            fields[name] = {**loop._asdict(), "components": [part._asdict() for part in loop.components]}
+        cells.append({**fields, "divergence": report.divergence._asdict()})
+    return {"reports": cells, **summary(reports)}
+
+
+# ---- ground truth ------------------------------------------------------------------------------------------------
+
+
+def write_ground_truth(
+    folder: str | os.PathLike[str],
+    runs: Sequence[Run],
+    profile: dict[str, Any],
+    over_best_peer: float | None = None,
+    of_bound: float | None = None,
+) -> dict[str, Any]:
+    """Write runs, their traces, the resolved hardware `profile` and the summary into `folder`; return the summary."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hardware = make_hardware(profile)
+    for run, trace in runs:
+        write_measured(folder, run)
+        save_trace(trace, folder / Path(run.cell["trace"]).name)
+    reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
+    found = summary(reports, over_best_peer, of_bound)
+    store.write_atomically(folder / "hardware.json", json.dumps(profile, indent=1).encode())
+    store.write_atomically(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False).encode())
+    return found
+
+
+def check_ground_truth(folder: Path) -> list[str]:
+    """Simulate every stored cell again and return a sentence for each whose TPOT is no longer the stored one.
+
+    Raises InputError where the folder is not whole.
+    """
+    stored = _read_json(folder / "summary.json").get("cells", [])
+    hardware = make_hardware(_read_json(folder / "hardware.json"))
+    known = {cell["name"]: cell for cell in stored}
+    drifted = []
+    for run in read_folder(folder):
+        report = compare_cell(run, find_trace(run, folder), hardware)
+        before = known.pop(report.name, None)
+        if before is None:
+            raise InputError(f"{folder}: summary.json does not know the run '{report.name}'")
+        now = (report.measured_tpot_ns, report.closed_loop.tpot_ns, report.open_loop.tpot_ns)
+        if now != (before["measured_tpot_ns"], before["simulated_tpot_ns"], before["priced_tpot_ns"]):
+            drifted.append(
+                f"'{report.name}': simulated {before['simulated_tpot_ns'] / 1e6:.4f} ms a token then and "
+                f"{report.closed_loop.tpot_ns / 1e6:.4f} now, measured {report.measured_tpot_ns / 1e6:.4f}"
+            )
+    if known:
+        raise InputError(f"{folder}: the runs of {', '.join(map(repr, known))} are missing")
+    return drifted
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: missing or damaged") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a mapping")
+    return found

@@ -1,0 +1,281 @@
+"""Validation: how far the simulation is from measured runs, component by component, decision by decision, rank by rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from policies.contract import Ints
+from policies.system import AXES, Composition, System, build_system, find_part
+from real.measured import MeasuredRun
+from real.pricing import JUDGED, Log, by_event, price
+from sim.costs import Costs, make_costs, with_free_link
+from sim.engines import run_engine
+from sim.hardware import Hardware
+from sim.result import StepTimes
+from sim.workload import Workload, make_workload
+from traces import Trace, bundled, load_trace
+from traces.errors import InputError
+from traces.trace import ModelSpec
+
+COMPONENTS = ("compute", "wait", "host", "link_busy")
+"""What a step's time is compared by; the first three add up to its duration."""
+
+ANCHORS = ("all resident", "all missing", "perfect prefetch")
+"""What must agree before anything else is believed."""
+
+
+class Component(NamedTuple):
+    """Means per step, ns, over the steps in which the parts were measured."""
+
+    name: str
+    measured_ns: float
+    simulated_ns: float
+    error: float
+    """(simulated - measured) / measured duration of a step: errors of compute, wait and host add up to that of the total."""
+
+
+class Loop(NamedTuple):
+    """A simulation beside a measured run."""
+
+    tpot_ns: float
+    """Simulated mean duration of the timed decode steps."""
+    error: float
+    """``tpot_ns`` / measured - 1."""
+    components: list[Component]
+    """By `COMPONENTS`; empty where the run has no marked steps."""
+
+
+class Divergence(NamedTuple):
+    """Where the simulator decided differently from the executor."""
+
+    events: int
+    differing: int
+    """Events whose experts there, experts missing or evictions differ."""
+    late: int
+    """Events that differ only in which experts were still in flight."""
+    first: int | None
+    """The first of the differing events."""
+
+
+class CellReport(NamedTuple):
+    """One cell, measured and simulated twice."""
+
+    name: str
+    system: str
+    anchor: str | None
+    """Which of `ANCHORS` it is, if one."""
+    group: str
+    """Cells of one group differ in their systems only."""
+    measured_tpot_ns: float
+    open_loop: Loop
+    """The executor's decisions, priced: what differs is the hardware model."""
+    closed_loop: Loop
+    """The simulator decides: what differs is everything."""
+    divergence: Divergence
+    copy_efficiency: float | None
+    logs: tuple[Log, Log]
+    """The executor's and the simulator's."""
+
+
+def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellReport:
+    """Simulate the cell of `run` on `hardware`, open and closed loop, and return the differences.
+
+    A cell that was preloaded is simulated without transfers: its link is free. Raises InputError where `trace` is not the
+    one that was run, or is too short.
+    """
+    if trace.hash != run.trace_hash:
+        raise InputError(
+            f"'{run.name}' was measured on another trace: it has the hash {run.trace_hash[:12]}, not {trace.hash[:12]}"
+        )
+    whole = make_workload(trace, **run.cell["workload"])
+    workload = first_steps(whole, int(run.steps["step"].max()) + 1)
+    costs = cell_costs(run.cell, hardware, workload)
+    system = cell_system(run.cell, whole)
+    priced = price(run.log, workload, costs, system.setting)
+    free = with_free_link(costs) if run.cell["preload"] else costs
+    log: list[tuple[Any, ...]] = []
+    simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, free, log)
+    link_busy = price(log, workload, free, system.setting).link_busy_ns
+    return CellReport(
+        name=run.name,
+        system=run.cell["system"]["name"],
+        anchor=anchor_of(run.cell),
+        group=json.dumps([run.trace_hash, run.cell["workload"], run.cell["model"], run.cell["slots"]], sort_keys=True),
+        measured_tpot_ns=_tpot(run),
+        open_loop=_loop(run, priced.steps, priced.link_busy_ns),
+        closed_loop=_loop(run, simulated.steps, link_busy),
+        divergence=divergence(run.log, log, workload.events.total),
+        copy_efficiency=run.copy_efficiency,
+        logs=(run.log, log),
+    )
+
+
+def anchor_of(cell: Mapping[str, Any]) -> str | None:
+    """Return which anchor a cell is: by its preload or its system."""
+    if cell["preload"]:
+        return ANCHORS[0]
+    return {"load_on_demand": ANCHORS[1], "clairvoyant": ANCHORS[2], "perfect_prediction": ANCHORS[2]}.get(
+        cell["system"]["name"]
+    )
+
+
+def divergence(executed: Log, simulated: Log, events: int) -> Divergence:
+    """Compare the decisions of two logs event by event."""
+    sides = [
+        (by_event(log, events, JUDGED[:2]), by_event(log, events, JUDGED[2:]), by_event(log, events, ("evict",)))
+        for log in (executed, simulated)
+    ]
+    late = [by_event(log, events, JUDGED[1:2]) for log in (executed, simulated)]
+    differ = [any(mine[event] != other[event] for mine, other in zip(*sides, strict=True)) for event in range(events)]
+    only_late = [late[0][event] != late[1][event] and not differ[event] for event in range(events)]
+    return Divergence(events, sum(differ), sum(only_late), differ.index(True) if any(differ) else None)
+
+
+def kendall_tau(reports: Sequence[CellReport]) -> float | None:
+    """Return the rank agreement of simulated and measured TPOT over all pairs of one group's systems, anchors left out.
+
+    1 where every pair is ordered the same, -1 where every pair is reversed; a tie on one side counts as neither. None where
+    there is no pair.
+    """
+    pairs = agreeing = 0
+    for one, other in combinations([report for report in reports if report.anchor is None], 2):
+        if one.group == other.group:
+            pairs += 1
+            measured = np.sign(one.measured_tpot_ns - other.measured_tpot_ns)
+            agreeing += int(measured * np.sign(one.closed_loop.tpot_ns - other.closed_loop.tpot_ns))
+    return agreeing / pairs if pairs else None
+
+
+def summary(
+    reports: Sequence[CellReport], over_best_peer: float | None = None, of_bound: float | None = None
+) -> dict[str, Any]:
+    """Return the figures of a validation; those that were not measured are None. Errors are of the closed loop's TPOT."""
+    errors = [abs(report.closed_loop.error) for report in reports]
+    efficiencies = [report.copy_efficiency for report in reports if report.copy_efficiency is not None]
+    return {
+        "cells": [
+            {
+                "name": report.name,
+                "anchor": report.anchor,
+                "measured_tpot_ns": report.measured_tpot_ns,
+                "simulated_tpot_ns": report.closed_loop.tpot_ns,
+                "priced_tpot_ns": report.open_loop.tpot_ns,
+                "error": report.closed_loop.error,
+            }
+            for report in reports
+        ],
+        "mean_error": float(np.mean(errors)) if errors else None,
+        "worst_error": max(errors, default=None),
+        "kendall_tau": kendall_tau(reports),
+        "copy_efficiency": min(efficiencies, default=None),
+        "over_best_peer": over_best_peer,
+        "of_bound": of_bound,
+    }
+
+
+def in_order(reports: Sequence[CellReport]) -> list[CellReport]:
+    """Return reports with the anchors first."""
+    return sorted(reports, key=lambda report: ANCHORS.index(report.anchor) if report.anchor else len(ANCHORS))
+
+
+# ---- a cell in the simulator -------------------------------------------------------------------------------------
+
+
+def first_steps(workload: Workload, count: int) -> Workload:
+    """Return the first `count` steps of a workload. Raises InputError where it has fewer."""
+    if count > len(workload.decode):
+        raise InputError(f"{count} steps were measured, but the workload has {len(workload.decode)}")
+    end = int(workload.offsets[count])
+    return replace(workload, rows=workload.rows[:end], offsets=workload.offsets[: count + 1], decode=workload.decode[:count])
+
+
+def cell_costs(cell: Mapping[str, Any], hardware: Hardware, workload: Workload) -> Costs:
+    """Return what the cell's decoder costs on `hardware`, in copies of the cell's size."""
+    machine = replace(hardware, chunk_bytes=cell["chunk_bytes"])
+    return make_costs(machine, decoder_spec(cell["model"]), np.diff(workload.offsets), workload.context)
+
+
+def decoder_spec(shape: Mapping[str, int]) -> ModelSpec:
+    """Return the sizes of a replay decoder (`real.decoder.ModelShape`): what a step reads, so without the embedding."""
+    hidden, layers = shape["hidden"], shape["layers"]
+    per_layer = 4 * hidden**2 + shape["experts"] * hidden + 3 * shape["shared_width"] * hidden
+    return ModelSpec(
+        "replay decoder",
+        layers,
+        shape["experts"],
+        shape["top_k"],
+        hidden_size=hidden,
+        expert_width=shape["expert_width"],
+        expert_bytes={"bf16": 6 * hidden * shape["expert_width"]},
+        other_bytes=2 * (layers * per_layer + shape["vocabulary"] * hidden),
+        kv_bytes_per_token=4 * layers * hidden,
+    )
+
+
+def cell_system(cell: Mapping[str, Any], workload: Workload) -> System:
+    """Build the cell's system afresh, with the future of the whole `workload`. Raises InputError."""
+    known = cell["system"]
+    composition = Composition(
+        name=known["name"],
+        parts={axis: find_part(axis, known[axis]) for axis in AXES},
+        drop_unused_prefetches=known["drop_unused_prefetches"],
+        reupload_after_use=known["reupload_after_use"],
+    )
+    composition.check(workload.trace.capabilities(), cell["trace"])
+    model = workload.trace.model
+    return build_system(
+        composition,
+        slots=cell["slots"],
+        layers=model.layers,
+        experts=model.experts,
+        top_k=model.top_k,
+        seed=cell["seed"],
+        layer_ns=cell["layer_ns"],
+        transfer_ns=cell["transfer_ns"],
+        future=lambda: workload.future,
+    )
+
+
+def find_trace(run: MeasuredRun, folder: Path) -> Trace:
+    """Return the trace that a run names: a path, also from `folder`, or a bundled recording. Raises InputError."""
+    name = str(run.cell["trace"])
+    for path in (folder / name, folder / Path(name).name, bundled().get(Path(name.removeprefix("bundled:")).stem)):
+        if path is not None and path.is_file():
+            return load_trace(path)
+    raise InputError(f"'{run.name}' was measured on {name}, which is neither in {folder} nor bundled")
+
+
+# ---- means -------------------------------------------------------------------------------------------------------
+
+
+def _loop(run: MeasuredRun, steps: StepTimes, link_busy_ns: Ints) -> Loop:
+    timed = run.timed
+    timed = timed[timed["phase"] == 1]
+    simulated = float(steps.duration[timed["step"].to_numpy(np.int64)].mean())
+    parts = {"compute": steps.compute, "wait": steps.wait, "host": steps.host, "link_busy": link_busy_ns}
+    marked = run.marked
+    marked = marked[marked["phase"] == 1]
+    components = []
+    if len(marked):
+        total = float(marked["total_ns"].mean())
+        places = marked["step"].to_numpy(np.int64)
+        for name in COMPONENTS:
+            measured, found = float(marked[f"{name}_ns"].mean()), float(parts[name][places].mean())
+            components.append(Component(name, measured, found, (found - measured) / total))
+    return Loop(simulated, simulated / _tpot(run) - 1, components)
+
+
+def _tpot(run: MeasuredRun) -> float:
+    """Return the mean duration of the timed decode steps, ns. Raises InputError where there is none."""
+    timed = run.timed
+    decode = timed[timed["phase"] == 1]
+    if not len(decode):
+        raise InputError(f"'{run.name}' has no timed decode step")
+    return float(decode["total_ns"].mean())

@@ -1,0 +1,101 @@
+"""Measured runs without a GPU: what the simulator itself would have measured on a machine whose costs are known."""
+
+import numpy as np
+from builders import make_trace
+from test_hardware import tiny_profile
+
+from real.measured import MeasuredRun, make_steps
+from real.pricing import price
+from real.validation import cell_costs, cell_system, first_steps
+from sim.costs import with_free_link
+from sim.engines import run_engine
+from sim.hardware import make_hardware
+from sim.workload import make_workload
+from traces import content_hash
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+SHAPE = {
+    "layers": LAYERS,
+    "experts": EXPERTS,
+    "top_k": TOP_K,
+    "hidden": 4,
+    "expert_width": 8,
+    "shared_width": 0,
+    "heads": 1,
+    "vocabulary": 16,
+}
+PARTS = {
+    "predictor": {"_target_": "policies.predictor.none.NoPrediction"},
+    "prefetch": {"_target_": "policies.prefetch.none.NoPrefetch"},
+    "eviction": {"_target_": "policies.eviction.lru.LRU"},
+    "allocation": {"_target_": "policies.allocation.whole_device.WholeDevice"},
+    "miss": {"_target_": "policies.miss.wait.Wait"},
+}
+FIFO = {"eviction": {"_target_": "policies.eviction.fifo.FIFO"}}
+PREFETCHING = {
+    "predictor": {"_target_": "policies.predictor.previous_token.PreviousToken"},
+    "prefetch": {"_target_": "policies.prefetch.top_n.TopN", "n": 2, "depth": 1},
+}
+
+
+def routing(seed=0, tokens=30):
+    rng = np.random.default_rng(seed)
+    ids = [[rng.permutation(EXPERTS)[:TOP_K] for _ in range(LAYERS)] for _ in range(tokens)]
+    trace = make_trace(ids, expert_count=EXPERTS)
+    from dataclasses import replace
+
+    return replace(trace, hash=content_hash(trace))
+
+
+TRACE = routing()
+
+
+def machine(**changes):
+    """Return the tiny machine with other constants: group__name=value."""
+    profile = tiny_profile()
+    for name, value in changes.items():
+        group, _, constant = name.partition("__")
+        profile[group][constant]["value"] = value
+    return make_hardware(profile)
+
+
+def cell_of(name="cell", system="lru", slots=10, preload=False, marked=8, parts=None):
+    """Return the fields of a `real.replay.Cell`: 4 steps of warm-up, then timed and `marked` ones, 30 in all."""
+    return {
+        "name": name,
+        "trace": "routing.safetensors",
+        "workload": {"order": "one_request", "batch": 1, "phases": "all"},
+        "model": SHAPE,
+        "system": {"name": system, "drop_unused_prefetches": False, "reupload_after_use": False, **PARTS, **(parts or {})},
+        "slots": slots,
+        "warmup": 4,
+        "steps": 26 - marked,
+        "marked": marked,
+        "seed": 0,
+        "layer_ns": 1000,
+        "transfer_ns": 500,
+        "chunk_bytes": 400,
+        "window_bytes": 800,
+        "preload": preload,
+        "one_by_one": True,
+        "prove": False,
+    }
+
+
+def measured_on(hardware, cell, trace=TRACE):
+    """Return what `cell` would have measured on `hardware`, if the memory model were the machine."""
+    workload = first_steps(make_workload(trace, **cell["workload"]), 30)
+    costs = cell_costs(cell, hardware, workload)
+    costs = with_free_link(costs) if cell["preload"] else costs
+    log = []
+    run, _ = run_engine("reference", lambda: cell_system(cell, workload), workload, costs, log)
+    link = price(log, workload, costs, cell_system(cell, workload).setting).link_busy_ns
+    first, split = cell["warmup"], cell["warmup"] + cell["steps"]
+    parts = {name: getattr(run.steps, name)[split:].tolist() for name in ("compute", "wait", "host")}
+    counts = {name: getattr(run.steps, name)[first:].tolist() for name in ("hits", "late_hits", "misses")}
+    parts["link_busy"] = link[split:].tolist()
+    total = run.steps.duration[first:split].tolist()
+    steps = make_steps(first, workload.decode[first:], total, parts, counts)
+    return MeasuredRun(
+        cell, trace.hash, "a machine of the test's", None, {"torch": "none"}, steps, log, run.bytes_by_kind, 1e9, 0.97
+    )

@@ -1,0 +1,55 @@
+"""Cells made of configurations: routing in another model's shape, and what a cell says."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the real backend needs torch (the extra `real`)")
+
+# what must be there comes first
+
+from real.cells import fit_routing, make_cell, write_cells
+from real.replay import build_cell_system, read_cells
+from sim.config import compose_config
+from sim.hardware import model_spec
+from sim.workload import make_workload
+from traces import bundled, load_trace, save_trace, take_tokens
+
+RECORDING = take_tokens(load_trace(bundled()["reference_16x64_top8"]), 480)
+
+
+def spec_of(model):
+    return model_spec(compose_config("simulate", [f"model={model}"])["model"])
+
+
+def test_a_recording_of_the_models_shape_keeps_its_routing():
+    fitted = fit_routing(RECORDING, spec_of("olmoe_1b_7b"))
+    np.testing.assert_array_equal(fitted.experts, RECORDING.experts)
+    assert fitted.provenance.kind == "recorded"
+
+
+def test_routing_is_cut_to_the_models_experts_and_layers_are_borrowed_from_the_next_request(tmp_path):
+    spec = spec_of("qwen1_5_moe_a2_7b")
+    fitted = fit_routing(RECORDING, spec)
+    save_trace(fitted, tmp_path / "fitted.safetensors")  # which checks all of it
+    assert fitted.experts.shape == (480, 24, 4)
+    token = RECORDING.experts[5, 3].tolist()
+    assert fitted.experts[5, 3].tolist() == [expert for expert in token if expert < 60][:4]
+    np.testing.assert_array_equal(fitted.experts[:160, 16:], fitted.experts[160:320, :8])
+    assert fitted.provenance.kind == "synthetic"
+
+
+def test_a_cell_comes_back_from_its_file_and_builds_the_system_of_its_configuration(tmp_path):
+    trace = tmp_path / "routing.safetensors"
+    save_trace(fit_routing(RECORDING, spec_of("deepseek_v2_lite")), trace)
+    overrides = [f"trace={trace}", "model=deepseek_v2_lite", "system=fate", "budget=0.25", "workload.phases=decode"]
+    made = make_cell("one", overrides, tmp_path)
+    write_cells([made], tmp_path / "cells.json")
+    (read,) = read_cells(tmp_path / "cells.json")
+    assert asdict(made) == {**asdict(read), "trace": "routing.safetensors"}
+    assert json.loads((tmp_path / "cells.json").read_text())[0]["slots"] == 416
+    system = build_cell_system(read, make_workload(load_trace(read.trace), **read.workload))
+    assert system.setting.capacity.tolist()[:5] == [64, 64, 64, 64, 8]
+    assert read.shape.expert_bytes == 17301504

@@ -1,0 +1,205 @@
+"""Replay on the CPU stand-in: outputs that no system changes, plain arrays that equal the simulator's, and the command."""
+
+# ruff: noqa: E402  # what must be there comes first
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the real backend needs torch (the extra `real`)")
+torch.set_num_threads(1)  # small matrices: threads cost more than they bring
+
+from policies.system import AXES
+from real.decoder import ModelShape
+from real.replay import Cell, Model, main, run_cell
+from real.routing import plain_events, plain_future, replay_inputs
+from real.schedule import Schedule
+from real.standin import StandIn
+from sim.config import compose_config
+from sim.conformance import small_trace
+from sim.workload import make_workload
+from traces import save_trace
+from traces.errors import InputError
+
+TRACE = small_trace()
+SHAPE = ModelShape(
+    TRACE.model.layers,
+    TRACE.model.experts,
+    TRACE.model.top_k,
+    hidden=32,
+    expert_width=16,
+    shared_width=8,
+    heads=2,
+    vocabulary=50,
+)
+ALL = SHAPE.layers * SHAPE.experts
+
+
+@pytest.fixture(scope="module")
+def trace_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("replay") / "small.safetensors"
+    save_trace(TRACE, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = Model(SHAPE, "cpu")
+    yield made
+    made.close()
+
+
+def cell_of(trace, system="lru", slots=ALL, order="one_request", batch=1, steps=20, **changes):
+    config = compose_config("simulate", [f"system={system}"])
+    parts = {axis: config[axis] for axis in AXES}
+    flags = {name: config[name] for name in ("drop_unused_prefetches", "reupload_after_use")}
+    return Cell(
+        name=system,
+        trace=str(trace),
+        workload={"order": order, "batch": batch, "phases": "all"},
+        model=SHAPE._asdict(),
+        system={"name": system, **flags, **parts},
+        slots=slots,
+        warmup=1,
+        steps=steps - 3,
+        marked=2,
+        seed=0,
+        layer_ns=1000,
+        transfer_ns=500,
+        chunk_bytes=1000,
+        window_bytes=2000,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(("order", "batch"), [("one_request", 1), ("continuous", 3)])
+@pytest.mark.parametrize("system", ["lru", "load_on_demand", "next_gate", "fate_released", "clairvoyant"])
+def test_no_system_changes_a_bit_of_the_output(trace_path, model, system, order, batch):
+    resident = run_cell(cell_of(trace_path, order=order, batch=batch, preload=True), model)
+    slots = 40 if system.startswith("fate") else 12
+    offloaded = run_cell(
+        cell_of(trace_path, system, slots, order, batch),
+        model,
+        StandIn("random", seed=3, schedule=Schedule(SHAPE.expert_bytes)),
+    )
+    assert resident.row["misses"] == [0] * 20
+    assert sum(offloaded.row["misses"]) > 0
+    np.testing.assert_array_equal(resident.checksums, offloaded.checksums)
+    np.testing.assert_array_equal(resident.chosen, offloaded.chosen)
+    assert len(np.unique(resident.checksums)) == 20
+
+
+def test_a_row_says_where_time_and_bytes_went(trace_path, model):
+    row = run_cell(cell_of(trace_path, slots=12), model).row
+    assert len(row["step_ns"]) == 17
+    assert len(row["marked_ns"]["compute"]) == 2
+    assert row["bytes_sent"] == row["bytes_by_kind"]["demand"] == sum(row["misses"]) * SHAPE.expert_bytes
+    assert row["peak_slots"] == 12
+    for name in ("attention", "experts", "head"):
+        assert min(row["marked_ns"][name]) > 0
+
+
+@pytest.mark.parametrize(("order", "batch"), [("one_request", 1), ("recorded", 1), ("continuous", 3)])
+def test_plain_arrays_equal_what_the_simulator_uses(order, batch):
+    workload = make_workload(TRACE, order, batch)
+    events = plain_events(workload)
+    for plain, compiled in zip(events[2:], workload.events[2:], strict=True):
+        np.testing.assert_array_equal(plain, compiled)
+    for plain, compiled in zip(plain_future(events), workload.future, strict=True):
+        np.testing.assert_array_equal(plain, compiled)
+
+
+def test_a_lane_holds_one_request_at_a_time():
+    workload = make_workload(TRACE, "continuous", 3)
+    inputs = replay_inputs(workload)
+    assert inputs.lane_count <= 4
+    for segments in inputs.segments:
+        lanes = [segment.lane for segment in segments]
+        assert len(set(lanes)) == len(lanes)
+
+
+def test_the_command_writes_results_as_it_goes_and_reports_what_failed(trace_path, tmp_path, capsys):
+    good, bad = cell_of(trace_path, slots=12), replace(cell_of(trace_path, slots=12), name="too long", steps=10**6)
+    path = tmp_path / "cells.json"
+    path.write_text(json.dumps([vars(good), vars(bad)]))
+    assert main([str(path), "--out", str(tmp_path / "out"), "--where", "cpu"]) == 1
+    rows = [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["cell"] for row in rows] == ["lru", "too long"]
+    assert "asks for 1000003 steps" in rows[1]["error"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "decisions.jsonl.gz",
+        "results.jsonl",
+        "stamps.jsonl.gz",
+    ]
+
+
+def test_a_field_that_a_cell_does_not_have_is_named(tmp_path, capsys):
+    path = tmp_path / "cells.json"
+    path.write_text('[{"slot": 3}]')
+    assert main([str(path), "--out", str(tmp_path), "--where", "cpu"]) == 2
+    assert "cell 0 has no field 'slot': did you mean 'slots'?" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_no_host_memory(trace_path, monkeypatch):
+    made = Model(SHAPE, "cpu")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StandIn, "copy", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell_of(trace_path, slots=12), made)
+    made.close()
+    assert made.slab.blocks.size == 0
+
+
+def test_memory_that_cannot_be_registered_is_released_again():
+    from real.slab import HostSlab
+
+    registered = []
+
+    def register(address, size):
+        if registered:
+            raise InputError("no more")
+        registered.append(address)
+
+    import real.slab
+
+    piece, real.slab.PIECE_BYTES = real.slab.PIECE_BYTES, 4096
+    try:
+        with pytest.raises(InputError, match="no more"):
+            HostSlab(3, 4000, register, registered.remove)
+    finally:
+        real.slab.PIECE_BYTES = piece
+    assert registered == []
+
+
+def test_the_command_needs_neither_simpy_nor_hydra():
+    """The GPU's machine has neither; nor what only the compiled engine needs."""
+    code = """
+import sys
+for name in ("simpy", "hydra", "omegaconf", "platformdirs", "joblib"):
+    sys.modules[name] = None
+import real.replay, real.standin, real.selftest
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_self_test_finds_nothing_wrong_and_would_say_so(trace_path, tmp_path):
+    from real import selftest
+
+    path = tmp_path / "routing.safetensors"
+    save_trace(selftest._routing(), path)
+    made = Model(selftest.SHAPE, "cpu")
+    checks = dict(selftest._checks(path, made))
+    checks["lru, continuous, batch 3, all"]()
+    checks["an interrupted run"]()
+    resident = selftest._cell(path, selftest._systems()[0][0], 64, "one_request", 1, "all")
+    with pytest.raises(AssertionError, match="nothing was missing"):
+        selftest._equals_resident(replace(resident, preload=True), made)
+    made.close()

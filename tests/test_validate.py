@@ -1,0 +1,165 @@
+"""`foregate validate`: from the executor (on a stand-in), its results and stored runs to one report; ground truth stays."""
+
+import gzip
+import json
+
+import pytest
+from measuring import TRACE, cell_of, machine, measured_on, routing
+from test_hardware import tiny_profile
+
+from real import validate as command
+from real.measured import read_folder, write_measured
+from real.validate import GROUND_TRUTH, check_ground_truth, resolve_winner, write_ground_truth
+from sim.cli import main
+from sim.experiment import simulate
+from traces import save_trace
+from traces.errors import InputError
+
+SYSTEMS = {"lru": 8, "fifo": 8, "load_on_demand": 2}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of three runs measured on the tiny machine, with their trace."""
+    runs = tmp_path / "runs"
+    for name, slots in SYSTEMS.items():
+        write_measured(runs, measured_on(machine(), cell_of(name, name, slots)))
+    save_trace(TRACE, runs / "routing.safetensors")
+    (runs / "hardware.json").write_text(json.dumps(tiny_profile()))
+    return runs
+
+
+def test_stored_runs_are_compared_on_their_own_profile_anchors_first(folder, tmp_path, capsys):
+    timeline = tmp_path / "both.json.gz"
+    assert main(["validate", f"runs={folder}", f"timeline={timeline}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [report["name"] for report in found["reports"]] == ["load_on_demand", "fifo", "lru"]
+    assert [report["anchor"] for report in found["reports"]] == ["all missing", None, None]
+    assert (found["worst_error"], found["copy_efficiency"], found["of_bound"]) == (0, 0.97, None)
+    names = {record["args"].get("name") for record in json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]}
+    assert {"measured: lru", "simulated: lru"} <= names
+
+
+def test_the_table_names_anchors_and_what_it_adds_up_to(folder, tmp_path, capsys):
+    assert main(["validate", f"runs={folder}", f"timeline={tmp_path / 't.json.gz'}", "hardware=rtx3090_pcie4"]) == 0
+    printed = capsys.readouterr().out
+    assert "load_on_demand (anchor)" in printed
+    assert "hardware rtx3090_pcie4" in printed
+    assert "Kendall tau" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["runs=nowhere"], "runs is 'nowhere': there is no such folder"),
+        (["runs=tests"], "tests: there is no measured run"),
+        (["rnus=x"], "'rnus' is not a setting"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, sentence, capsys):
+    assert main(["validate", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_without_gpu_and_ground_truth_a_sentence_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "_has_gpu", lambda: False)
+    monkeypatch.setattr(command, "GROUND_TRUTH", tmp_path)
+    assert main(["validate"]) == 2
+    sentence = "there is no GPU that torch can use: give runs=FOLDER of measured runs (no measurements are committed yet)"
+    assert sentence in capsys.readouterr().err
+
+
+def test_without_gpu_the_committed_measurements_are_compared(monkeypatch, folder, tmp_path, capsys):
+    monkeypatch.setattr(command, "_has_gpu", lambda: False)
+    monkeypatch.setattr(command, "GROUND_TRUTH", tmp_path)
+    (folder / "summary.json").write_text("{}")
+    assert main(["validate", f"results={tmp_path}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["worst_error"] == 0
+
+
+# ---- from the executor -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_trace(tmp_path):
+    path = tmp_path / "long.safetensors"
+    save_trace(routing(tokens=170), path)
+    return path
+
+
+def test_cells_run_through_the_executor_and_into_a_report(long_trace, tmp_path, monkeypatch):
+    """On a stand-in that times nothing: what counts is that decisions arrive and are those of the simulator."""
+    pytest.importorskip("torch", reason="the executor needs torch")
+    overrides = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path / 'results'}"]
+    measure = command._measure
+    monkeypatch.setattr(command, "_has_gpu", lambda: True)
+    monkeypatch.setattr(command, "_measure", lambda *arguments: measure(*arguments, where="cpu"))
+    reports, _, timeline = command.validate(overrides)
+    assert [report.anchor for report in reports] == ["all resident", "all missing", "perfect prefetch", None]
+    assert reports[-1].system == "lru"
+    assert reports[-1].divergence.differing == 0
+    assert reports[1].divergence.differing == 0
+    assert timeline.is_file()
+    assert len(read_folder(tmp_path / "results" / "validation")) == 4
+
+
+def test_results_of_the_executor_are_read_with_their_cells(long_trace, tmp_path):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    from real.cells import make_cell, write_cells
+    from real.replay import main as replay
+
+    cell = make_cell("one", [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5"], tmp_path)
+    write_cells([cell], tmp_path / "cells.json")
+    assert replay([str(tmp_path / "cells.json"), "--out", str(tmp_path / "out"), "--where", "cpu"]) == 0
+    words = [f"runs={tmp_path / 'out'}", f"cells={tmp_path / 'cells.json'}", f"results={tmp_path}"]
+    (report,), hardware, _ = command.validate(words)
+    assert (report.name, report.divergence.differing, hardware.name) == ("one", 0, "h100_pcie5")
+    with pytest.raises(InputError, match=r"cells: there is no file .*cells.json; name the cells.json that was run"):
+        command.validate(words[:1])
+
+
+def test_the_winner_is_the_fastest_stored_system_that_is_no_ceiling(tmp_path):
+    from sim.config import compose_config
+
+    own = ["trace.tokens=40", f"results={tmp_path}"]
+    rates = {}
+    for system in ("load_on_demand", "lru", "clairvoyant"):
+        rates[system] = simulate(compose_config("simulate", [*own, f"system={system}", "budget=0.3"]))["tokens_per_s"]
+    assert rates["clairvoyant"] > rates["lru"] > rates["load_on_demand"]
+    simulate(compose_config("simulate", [*own, "system=load_on_demand", "eviction=fifo", "budget=0.2"]))
+    assert resolve_winner([*own, "system=winner"]) == [*own, "system=lru", "budget=0.3"]
+    assert resolve_winner([*own, "system=winner", "budget=0.2"]) == [
+        *own,
+        "budget=0.2",
+        "system=load_on_demand",
+        "eviction=fifo",
+    ]
+    with pytest.raises(InputError, match=r"system=winner: .* holds no result on this trace and budget"):
+        resolve_winner([*own, "system=winner", "budget=0.9"])
+
+
+# ---- ground truth ------------------------------------------------------------------------------------------------
+
+
+def test_ground_truth_notices_a_simulator_that_drifts(tmp_path):
+    runs = [(measured_on(machine(), cell_of(name, name, slots)), TRACE) for name, slots in SYSTEMS.items()]
+    found = write_ground_truth(tmp_path, runs, tiny_profile(), over_best_peer=2.5)
+    assert json.loads((tmp_path / "summary.json").read_text()) == found
+    assert (found["over_best_peer"], found["of_bound"]) == (2.5, None)
+    assert check_ground_truth(tmp_path) == []
+    profile = tiny_profile()
+    profile["host"]["readout_ns"]["value"] += 1  # stands for a memory model that has changed
+    (tmp_path / "hardware.json").write_text(json.dumps(profile))
+    assert len(check_ground_truth(tmp_path)) == 3
+    assert check_ground_truth(tmp_path)[0].startswith("'fifo': simulated ")
+    (tmp_path / "lru.json").unlink()
+    with pytest.raises(InputError, match="the runs of 'lru' are missing"):
+        check_ground_truth(tmp_path)
+
+
+def test_the_simulator_is_as_far_from_the_committed_measurements_as_it_was():
+    folders = sorted(path.parent for path in GROUND_TRUTH.glob("*/summary.json"))
+    if not folders:
+        pytest.skip("no measurements are committed yet: real/ground_truth/<gpu> needs a run on a GPU")
+    for folder in folders:
+        assert check_ground_truth(folder) == []

@@ -1,0 +1,172 @@
+"""Known errors are reported exactly: runs are made by the simulator on machines whose constants differ by known amounts."""
+
+import gzip
+import json
+
+import pytest
+from measuring import FIFO, LAYERS, PREFETCHING, TRACE, cell_of, machine, measured_on, routing
+
+from real.chrome import write_chrome_trace
+from real.validation import (
+    Divergence,
+    anchor_of,
+    compare_cell,
+    decoder_spec,
+    divergence,
+    in_order,
+    kendall_tau,
+    summary,
+)
+from traces.errors import InputError
+
+MACHINE = machine()
+EXPERTS_OF_A_STEP = LAYERS * 2
+
+
+def errors(loop):
+    """Return simulated minus measured ns per step, by component."""
+    return {part.name: part.simulated_ns - part.measured_ns for part in loop.components}
+
+
+@pytest.mark.parametrize("parts", [{}, FIFO, PREFETCHING])
+def test_the_same_machine_shows_no_error_and_the_same_decisions(parts):
+    report = compare_cell(measured_on(MACHINE, cell_of(parts=parts)), TRACE, MACHINE)
+    for loop in (report.open_loop, report.closed_loop):
+        assert loop.error == 0
+        assert errors(loop) == {"compute": 0, "wait": 0, "host": 0, "link_busy": 0}
+    assert report.divergence == Divergence(90, 0, 0, None)
+
+
+def test_slower_attention_is_an_error_of_compute_alone():
+    """The machine takes 9 ns longer for each layer's attention than the profile says."""
+    run = measured_on(machine(compute__layer_launch_ns=5 + 9), cell_of())
+    report = compare_cell(run, TRACE, MACHINE)
+    for loop in (report.open_loop, report.closed_loop):
+        assert errors(loop) == {"compute": -9 * LAYERS, "wait": 0, "host": 0, "link_busy": 0}
+        assert loop.tpot_ns - report.measured_tpot_ns == pytest.approx(-9 * LAYERS)
+        share = next(part.error for part in loop.components if part.name == "compute")
+        assert share == pytest.approx(-9 * LAYERS / run.marked["total_ns"].mean())
+
+
+def test_a_slower_read_out_is_an_error_of_the_host_alone():
+    report = compare_cell(measured_on(machine(host__readout_ns=11 + 40), cell_of()), TRACE, MACHINE)
+    assert errors(report.open_loop) == {"compute": 0, "wait": 0, "host": -40 * LAYERS, "link_busy": 0}
+
+
+def test_a_link_that_is_slower_than_it_says_is_an_error_of_link_and_wait():
+    """Of misses that nothing hides, every ns that a copy takes longer is waited for; an expert is one copy of 192 bytes."""
+    cell = cell_of(system="load_on_demand", slots=2, parts={})
+    slow = machine(link__h2d=[[100, 1000], [200, 2000], [1200, 12000]])
+    quick = machine(link__h2d=[[100, 900], [200, 1800], [1200, 10800]])
+    run = measured_on(slow, cell)
+    assert run.steps["misses"].eq(EXPERTS_OF_A_STEP).all()
+    report = compare_cell(run, TRACE, quick)
+    found = errors(report.open_loop)
+    assert found == {"compute": 0, "wait": -192 * EXPERTS_OF_A_STEP, "host": 0, "link_busy": -192 * EXPERTS_OF_A_STEP}
+    assert report.open_loop == report.closed_loop
+    assert report.anchor == "all missing"
+
+
+def test_open_loop_prices_the_decisions_of_the_log_and_not_the_policy_s():
+    """Measured under FIFO; the cell that is simulated says LRU. Only the closed loop is off; the first event is named."""
+    run = measured_on(MACHINE, cell_of(slots=8, parts=FIFO))
+    report = compare_cell(run._replace(cell=cell_of(slots=8)), TRACE, MACHINE)
+    assert report.open_loop.error == 0
+    assert report.closed_loop.error != 0
+    assert 0 < report.divergence.differing < 90
+    differ = report.divergence.first
+    cut = [[entry for entry in log if entry[3] < differ] for log in report.logs]
+    assert divergence(*cut, events=differ).differing == 0
+
+
+def test_divergence_counts_events_and_names_the_first():
+    executed = [(0, "hit", 1, 0), (0, "miss", 2, 1), (5, "evict", 1, 1), (9, "late_hit", 3, 2), (9, "hit", 4, 3)]
+    simulated = [(0, "hit", 1, 0), (0, "miss", 2, 1), (5, "evict", 7, 1), (9, "hit", 3, 2), (9, "hit", 4, 3)]
+    assert divergence(executed, simulated, 4) == Divergence(events=4, differing=1, late=1, first=1)
+
+
+def test_all_resident_is_simulated_without_transfers():
+    run = measured_on(MACHINE, cell_of(slots=24, preload=True))
+    report = compare_cell(run, TRACE, MACHINE)
+    assert report.anchor == "all resident"
+    assert report.closed_loop.error == 0
+
+
+def test_another_trace_is_refused():
+    with pytest.raises(InputError, match="'cell' was measured on another trace: it has the hash "):
+        compare_cell(measured_on(MACHINE, cell_of()), routing(seed=1), MACHINE)
+
+
+def test_anchors_come_first_and_are_not_ranked():
+    cells = [
+        cell_of("lru"),
+        cell_of("oracle", "clairvoyant"),
+        cell_of("resident", slots=24, preload=True),
+        cell_of("none", "load_on_demand", 2),
+    ]
+    reports = in_order([compare_cell(measured_on(MACHINE, cell), TRACE, MACHINE) for cell in cells])
+    assert [report.anchor for report in reports] == ["all resident", "all missing", "perfect prefetch", None]
+    assert kendall_tau(reports) is None
+    assert anchor_of(cell_of()) is None
+
+
+def test_ranking_counts_pairs_of_one_group():
+    """Three systems in the same order, then the last two exchanged: one pair of three disagrees."""
+    report = compare_cell(measured_on(MACHINE, cell_of()), TRACE, MACHINE)
+
+    def ranked(measured, simulated):
+        loop = report.closed_loop._replace(tpot_ns=simulated)
+        return report._replace(measured_tpot_ns=measured, closed_loop=loop)
+
+    one, two, three = ranked(10, 12), ranked(20, 19), ranked(30, 33)
+    assert kendall_tau([one, two, three]) == 1
+    assert kendall_tau([one, ranked(20, 33), ranked(30, 19)]) == pytest.approx(1 / 3)
+    assert kendall_tau([ranked(10, 33), ranked(20, 19), ranked(30, 12)]) == -1
+    assert kendall_tau([one, ranked(20, 12)]) == 0
+    assert kendall_tau([one, two._replace(group="another budget")]) is None
+
+
+def test_a_summary_has_worst_and_mean_error_and_null_for_what_was_not_measured():
+    slower = machine(compute__layer_launch_ns=5 + 9)
+    reports = [
+        compare_cell(measured_on(slower, cell_of(name, slots=n)), TRACE, MACHINE) for name, n in (("a", 8), ("b", 16))
+    ]
+    found = summary(reports)
+    shares = [9 * LAYERS / report.measured_tpot_ns for report in reports]
+    assert found["mean_error"] == pytest.approx(sum(shares) / 2)
+    assert found["worst_error"] == pytest.approx(max(shares))
+    assert (found["copy_efficiency"], found["over_best_peer"], found["of_bound"], found["kendall_tau"]) == (
+        0.97,
+        None,
+        None,
+        None,
+    )
+    assert [cell["name"] for cell in found["cells"]] == ["a", "b"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_replay_decoder_reads_its_matrices_and_not_its_embedding():
+    spec = decoder_spec({**cell_of()["model"], "shared_width": 5})
+    assert spec.expert_bytes == {"bf16": 3 * 4 * 8 * 2}
+    assert spec.other_bytes == 2 * (3 * (4 * 16 + 8 * 4 + 3 * 5 * 4) + 16 * 4)
+    assert spec.kv_bytes_per_token == 3 * 2 * 4 * 2
+
+
+def test_a_timeline_shows_both_runs_in_perfetto_s_format(tmp_path):
+    log = [
+        (1000, "miss", 9, 1),
+        (1000, "load", 9, 1),
+        (3000, "landed", 9, 1),
+        (3500, "end", -1, 1),
+        (4000, "hit", 9, 9),
+    ]
+    write_chrome_trace(tmp_path / "t.json.gz", {"measured": log, "simulated": log[:1]}, layers=2, experts=8, steps=range(4))
+    records = json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))["traceEvents"]
+    assert [record["args"]["name"] for record in records if record["name"] == "process_name"] == ["measured", "simulated"]
+    slices = [record for record in records if record["ph"] == "X"]
+    assert [(record["name"], record["pid"], record["tid"], record["ts"], record["dur"]) for record in slices] == [
+        ("load", 1, 2, 0.0, 2.0),
+        ("step 0, layer 1", 1, 1, 0.0, 2.5),
+    ]
+    assert slices[0]["args"] == {"layer": 1, "expert": 1, "outcome": "landed"}
+    assert slices[1]["args"] == {"hit": 0, "late_hit": 0, "miss": 1}
