@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import sys
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from real.fitting import Summary, fit_kernel, fit_train, overhead_ns, rising, slowdown, summary
 from real.measure_host import EXPERT, HostTimes, measure_host
+from traces.atomic import write_atomically
 from traces.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def calibrate(out: str | os.PathLike[str], base: str = BASE, say: Say = lambda w
     if times is not None:
         machine |= gpu_facts()
         entries["device.memory_bytes"] = Entry(machine["memory_bytes"], "bytes", "as the driver states it")
-    _write(path, profile_text(path.stem, base, entries, machine | {"measured": figures}))
+    write_atomically(path, profile_text(path.stem, base, entries, machine | {"measured": figures}).encode())
     return [*gpu_notes, *host.notes]
 
 
@@ -290,16 +290,6 @@ def _entry_lines(entry: Entry) -> list[str]:
     if entry.spread is not None:
         fields["spread"] = entry.spread
     return [f"    {key}: {json.dumps(value)}" for key, value in fields.items()]
-
-
-def _write(path: Path, text: str) -> None:
-    """Make `path` hold `text`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def tell(what: str) -> None:

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 
 from real.pricing import JUDGED, Log
 from sim.result import KINDS
+from traces.atomic import write_atomically
 from traces.errors import InputError
 
 FORMAT = "foregate.measured.1"
@@ -158,10 +158,10 @@ def write_measured(folder: str | os.PathLike[str], run: MeasuredRun) -> Path:
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.Table.from_pandas(run.steps, schema=schema, preserve_index=False), sink)
     log = json.dumps([list(entry) for entry in run.log]).encode()
-    _write(base.with_suffix(".parquet"), sink.getvalue().to_pybytes())
-    _write(base.with_suffix(".log.json.gz"), gzip.compress(log, mtime=0))
+    write_atomically(base.with_suffix(".parquet"), sink.getvalue().to_pybytes())
+    write_atomically(base.with_suffix(".log.json.gz"), gzip.compress(log, mtime=0))
     path = base.with_suffix(".json")
-    _write(path, (json.dumps(fields, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(fields, indent=1) + "\n").encode())
     return path
 
 
@@ -289,15 +289,6 @@ def _counts(log: Log, layers: int, steps: int) -> dict[str, Any]:
         if what in counted and 0 <= event // layers < steps:
             counted[what][event // layers] += 1
     return counted
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- what the executor writes ------------------------------------------------------------------------------------

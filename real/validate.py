@@ -21,6 +21,7 @@ from sim.experiment import workload_of
 from sim.hardware import Hardware, make_hardware, model_spec
 from sim.workload import make_workload
 from traces import Trace, load_trace, save_trace
+from traces.atomic import write_atomically
 from traces.errors import InputError
 
 OWN = ("runs", "cells", "timeline", "json")
@@ -251,8 +252,8 @@ def write_ground_truth(
         save_trace(trace, folder / Path(run.cell["trace"]).name)
     reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
     found = summary(reports, over_best_peer, of_bound)
-    store.write_atomically(folder / "hardware.json", json.dumps(profile, indent=1).encode())
-    store.write_atomically(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False).encode())
+    write_atomically(folder / "hardware.json", json.dumps(profile, indent=1).encode())
+    write_atomically(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False).encode())
     return found
 
 

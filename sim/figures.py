@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sim.report import SETTING, SYNTHETIC, budget, ranked, setting, split, synthetic
-from sim.store import write_atomically
+from traces.atomic import write_atomically
 
 DPI = 150
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pyarrow.dataset  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from sim.result import KINDS
+from traces.atomic import write_atomically
 from traces.errors import InputError
 
 _TEXT, _INT, _FLOAT, _FLAG = pa.string(), pa.int64(), pa.float64(), pa.bool_()
@@ -139,17 +139,6 @@ def read_rows(directory: str | os.PathLike[str], keys: Iterable[str] | None = No
         frame[name] = pd.Series(table[name].to_pylist(), index=frame.index, dtype=object)
     columns: list[str] = SCHEMA.names
     return frame[columns].drop_duplicates("key").reset_index(drop=True)
-
-
-def write_atomically(path: Path, content: bytes | pa.Buffer) -> None:
-    """Make `path` hold `content`, through a temporary file beside it; parents are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _NEVER_NULL = tuple(field.name for field in SCHEMA if field.type in (_INT, _FLAG) or field.name in (*LISTS, "key"))

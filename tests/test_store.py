@@ -11,8 +11,9 @@ import pytest
 from rows import make_row, make_rows
 
 from sim.result import KINDS, Run, StepTimes, limited_by, metrics
-from sim.store import FIGURES, LISTS, SCHEMA, has, read_rows, write_atomically, write_row
+from sim.store import FIGURES, LISTS, SCHEMA, has, read_rows, write_row
 from sim.workload import make_workload
+from traces.atomic import write_atomically
 from traces.errors import InputError
 from traces.trace import DECODE, PREFILL, ModelSpec, Provenance, Trace
 
