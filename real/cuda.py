@@ -1,4 +1,4 @@
-"""An NVIDIA GPU as the executor's device: torch's streams and events, and the driver for what torch does not offer."""
+"""An NVIDIA GPU as the executor's device: torch's streams, and the driver for copies and events, which torch calls slowly."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from real.device import COMPUTE, COPY, Device
 from real.schedule import Schedule
 from traces.errors import InputError
 
+_NOT_READY = 600
+"""What the driver answers about an event that is still to come."""
+
 RING = 4096
 """Events that are reused in turn; a ticket whose event is needed again must be done."""
 
@@ -24,12 +27,14 @@ class Cuda(Device):
     def __init__(self, schedule: Schedule | None = None) -> None:
         super().__init__(schedule)
         torch.cuda.synchronize()  # what was allocated and filled on other streams is there
-        self._memcpy = _driver().cuMemcpyHtoDAsync_v2
+        self._driver = driver = _driver()
+        self._memcpy, self._record_event = driver.cuMemcpyHtoDAsync_v2, driver.cuEventRecord
+        self._wait_event, self._query_event = driver.cuStreamWaitEvent, driver.cuEventQuery
         self._before = torch.cuda.current_stream()
         self._streams = _streams()
-        self._copy_stream: int = self._streams[COPY].cuda_stream
+        self._handles: tuple[int, int] = (self._streams[COMPUTE].cuda_stream, self._streams[COPY].cuda_stream)
         torch.cuda.set_stream(self._streams[COMPUTE])
-        self._ring = tuple([torch.cuda.Event() for _ in range(RING)] for _ in range(2))
+        self._ring = tuple([_event() for _ in range(RING)] for _ in range(2))
         self._marks: list[Any] = []
         self._base = torch.cuda.Event(enable_timing=True)
         self._base.record(self._streams[COMPUTE])
@@ -39,6 +44,8 @@ class Cuda(Device):
     def close(self) -> None:
         """Give torch its stream back."""
         torch.cuda.set_stream(self._before)
+        for event in (*self._ring[COMPUTE], *self._ring[COPY]):
+            self._driver.cuEventDestroy_v2(event)
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         """Run `work`, which launches kernels on torch's current stream: the compute stream."""
@@ -47,7 +54,7 @@ class Cuda(Device):
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy `size` bytes of registered host memory to the device on the copy stream; addresses are plain numbers."""
-        failed = self._memcpy(target, source, size, self._copy_stream)
+        failed = self._memcpy(target, source, size, self._handles[COPY])
         if failed:
             raise InputError(f"a host-to-device copy of {size} bytes failed: {_reason(failed)}")
 
@@ -65,16 +72,19 @@ class Cuda(Device):
     def _record(self, stream: int, ticket: int) -> None:
         if ticket > RING:
             self.synchronize(stream, ticket - RING)
-        self._ring[stream][ticket % RING].record(self._streams[stream])
+        _check(self._record_event(self._ring[stream][ticket % RING], self._handles[stream]))
 
     def _wait(self, stream: int, on: int, ticket: int) -> None:
-        self._streams[stream].wait_event(self._ring[on][ticket % RING])
+        _check(self._wait_event(self._handles[stream], self._ring[on][ticket % RING], 0))
 
     def _query(self, stream: int, ticket: int) -> bool:
-        return bool(self._ring[stream][ticket % RING].query())
+        found = self._query_event(self._ring[stream][ticket % RING])
+        if found != _NOT_READY:
+            _check(found)
+        return bool(found != _NOT_READY)
 
     def _synchronize(self, stream: int, ticket: int) -> None:
-        self._ring[stream][ticket % RING].synchronize()
+        _check(self._driver.cuEventSynchronize(self._ring[stream][ticket % RING]))
 
 
 def register(address: int, size: int) -> None:
@@ -99,8 +109,26 @@ def _streams() -> tuple[Any, Any]:
 def _driver() -> Any:
     torch.zeros(1, device="cuda")  # makes the GPU's context, and makes it current in this thread
     driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    handle = ctypes.c_void_p
+    driver.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, handle, ctypes.c_size_t, handle]
+    driver.cuEventRecord.argtypes = [handle, handle]
+    driver.cuStreamWaitEvent.argtypes = [handle, handle, ctypes.c_uint]
+    for name in ("cuEventQuery", "cuEventSynchronize", "cuEventDestroy_v2"):
+        getattr(driver, name).argtypes = [handle]
     return driver
+
+
+def _event() -> int:
+    """Return the handle of a new event that does not know the time, which makes it cheap."""
+    event = ctypes.c_void_p()
+    _check(_driver().cuEventCreate(ctypes.byref(event), 2))
+    return event.value or 0
+
+
+def _check(failed: int) -> None:
+    """Raise InputError for what the driver refused."""
+    if failed:
+        raise InputError(f"the GPU failed: {_reason(failed)}")
 
 
 def _reason(code: int) -> str:

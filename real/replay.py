@@ -24,6 +24,7 @@ import torch
 
 from policies.system import AXES, Composition, System, build_system, find_part
 from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
+from real.decisions import Decisions
 from real.device import COPY, Device
 from real.executor import Executor, Shape
 from real.routing import plain_events, plain_future, replay_inputs
@@ -31,7 +32,6 @@ from real.schedule import Schedule
 from real.slab import HostSlab
 from real.standin import StandIn
 from real.timeline import Timeline
-from sim.observations import Observations
 from sim.workload import Workload, make_workload
 from traces.errors import InputError, nearest
 from traces.files import load_trace
@@ -197,9 +197,8 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     log: Log = []
     timeline = Timeline(device, shape.layers)
     executor = Executor(
-        system,
+        Decisions.on_trace(system, workload),
         Shape(total, shape.layers, shape.experts),
-        Observations(workload, system.composition.needs).event,
         decoder,
         device,
         copy,

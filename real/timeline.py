@@ -116,9 +116,6 @@ class Timeline:
 
     def mark_copy(self, event: int, size: int, demand: bool, copy: Callable[[], None]) -> None:
         """Submit a copy of `size` bytes during `event`, between two marks."""
-        if not self.marks:
-            copy()
-            return
         before = self.device.mark(COPY)
         copy()
         self._copies.append((event, size, int(demand), before, self.device.mark(COPY)))
