@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from policies.system import System
-from sim.fast.hooks import ADMIT, EVENT, EVICTED, EVICTION, MOST, OBSERVE, PREDICT, PREDICTOR, PREFETCH, TAKE, Hooks, make_told
-from sim.fast.hooks import Observed
+from sim.fast.hooks import (
+    ADMIT,
+    EVENT,
+    EVICTED,
+    EVICTION,
+    MOST,
+    OBSERVE,
+    PREDICT,
+    PREDICTOR,
+    PREFETCH,
+    TAKE,
+    Hooks,
+    Observed,
+    make_told,
+)
 from sim.fast.native import FAILED, PARAMETERS
 from sim.fast.run import PolicyRaised
 from sim.observations import Observations

@@ -424,7 +424,13 @@ class Executor:
         if self.device.schedule is not None:
             self.device.schedule.submit(COPY, (), [SlotWrite(slot, key, start, stop)])
         if self.timeline.marks:
-            self.timeline.mark_copy(self.now, stop - start, transfer.demand, lambda: self._copy_bytes(key, slot, start, stop))
+            self.timeline.mark_copy(
+                self.now,
+                stop - start,
+                transfer.demand,
+                bool(self.link.in_flight),
+                lambda: self._copy_bytes(key, slot, start, stop),
+            )
         else:
             self._copy_bytes(key, slot, start, stop)
 
