@@ -196,7 +196,7 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
     if not shapes:
         return {}
     entries: dict[str, Entry] = {}
-    beside, readouts, residents = [], [], []
+    beside, readouts, residents, ahead = [], [], [], []
     for name, times in shapes.items():
         mark = summary(times.mark).median
         alone = {length: summary(samples).median - mark for length, samples in times.attention.items()}
@@ -208,7 +208,10 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
             f"models.{name}.attention": Entry(
                 rising(alone),
                 "[tokens, ns]",
-                f"attention, gate and shared experts of a layer {by}, by length of the KV cache",
+                f"attention and gate of a layer {by}, by length of the KV cache",
+            ),
+            f"models.{name}.shared_ns": Entry(
+                round(max(0.0, summary(times.shared).median - mark)), "ns", f"shared experts of a layer {by}"
             ),
             f"models.{name}.group_ns": Entry(
                 round(max(0.0, waited - expert_ns)), "ns", f"one routed expert, from its landing on, {by}, less expert_ns"
@@ -225,8 +228,10 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
             summary(times.group_beside).median - mark - one,
         ]
         readouts.append(summary(times.gate_to_copy).median - mark)
-        residents.append(summary(times.gate_to_residents).median - mark)
-    readout = max(0.0, _middle(readouts))
+        if summary(times.shared).median < 2 * mark:  # else the host has decided before the shared experts end
+            residents.append(summary(times.gate_to_residents).median - mark)
+        ahead.append(summary(times.ahead).median)
+    readout = max(0.0, _middle(residents or readouts))
     of = f"of {len(shapes)} models in the executor, median"
     return entries | {
         "compute.beside_ns": Entry(
@@ -237,13 +242,15 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         "link.chunk_bytes": Entry(4 << 20, "bytes", "as the executor sends prefetches", tag="assumed"),
         "link.committed_chunks": Entry(1, "chunks", "as the executor sends prefetches", tag="assumed"),
         "host.readout_ns": Entry(
-            round(readout), "ns", f"from a gate's end until the first copy of what is missing begins, {of}"
+            round(readout), "ns", f"from a gate's end until residents compute, {of}; the host's decision is part of it"
         ),
-        "host.expert_issue_ns": Entry(
-            round(max(0.0, _middle(residents) - readout)),
+        "host.expert_issue_ns": Entry(0, "ns", "part of readout_ns"),
+        "host.demand_issue_ns": Entry(
+            round(max(0.0, _middle(readouts) - readout)),
             "ns",
-            f"from a gate's end until residents compute, {of}, less readout_ns",
+            f"from a gate's end until the first copy of what is missing begins, {of}, less readout_ns",
         ),
+        "host.ahead_ns": Entry(round(max(0.0, _middle(ahead))), "ns", f"what predicting one layer more takes, {of}"),
         "host.gate_issue_ns": _number(
             [sample for times in shapes.values() for sample in times.gate_issue],
             "a layer's attention and gate in the executor",

@@ -190,6 +190,12 @@ class ReplayDecoder:
             self._listed = 0
         self._submit("route", layer, lambda: self._attend(layer, count, segments))
 
+    def shared(self, step: int, layer: int) -> None:
+        """Submit the shared experts, if there are any: the host decides meanwhile."""
+        if self.shape.shared_width:
+            count = self._count
+            self._submit("share", layer, lambda: self._share(layer, count))
+
     def routed(self, step: int, layer: int) -> list[int] | None:
         """Return the routed ids, token by token, once all of them are in host memory."""
         words, tag = self._words, step + 1
@@ -243,6 +249,7 @@ class ReplayDecoder:
         return {
             ("begin", 0, count): lambda: self._embed(count),
             **{("route", layer, count): partial(self._attend, layer, count, None) for layer in range(self.shape.layers)},
+            **{("share", layer, count): partial(self._share, layer, count) for layer in range(len(self.weights.shared_up))},
             ("experts", 0, count): lambda: self._experts_in_slots(count),
             ("end", 0, count): lambda: self._finish(count),
         }
@@ -273,9 +280,11 @@ class ReplayDecoder:
         x += mixed.reshape(count, shape.hidden) @ weights.output[layer].T
         h.copy_(F.rms_norm(x, (shape.hidden,), weights.norm))
         self._route(layer, h @ weights.router[layer].T)
-        if shape.shared_width:
-            gate, up = (h @ weights.shared_up[layer].T).chunk(2, -1)
-            x += (F.silu(gate) * up) @ weights.shared_down[layer].T
+
+    def _share(self, layer: int, count: int) -> None:
+        """Add the shared experts, whose weights are one expert's."""
+        gate, up = (self._h[:count] @ self.weights.shared_up[layer].T).chunk(2, -1)
+        self._x[:count] += (F.silu(gate) * up) @ self.weights.shared_down[layer].T
 
     def _attend_one_each(self, q: Any, keys: Any, values: Any, lane: Any, position: Any) -> Any:
         """Attend for one token of each request: [n, heads, size]."""

@@ -36,6 +36,9 @@ class Decoder(Protocol):
     def route(self, step: int, layer: int) -> None:
         """Submit attention and gate of a layer."""
 
+    def shared(self, step: int, layer: int) -> None:
+        """Submit what of a layer does not wait for the routed experts: its shared ones."""
+
     def routed(self, step: int, layer: int) -> list[int] | None:
         """Return the routed ids of all tokens in a row (-1: none), or None while the host cannot see them yet."""
 
@@ -169,6 +172,8 @@ class Executor:
                 self.timeline.begin_layer(step, layer)
                 self.decoder.route(step, layer)
                 self.timeline.gate_issued()
+                self.decoder.shared(step, layer)
+                self.timeline.shared_issued()
                 self._feed()
                 routed = self._await_routed(step, layer)
                 self.timeline.routed()
@@ -236,8 +241,7 @@ class Executor:
         slots = self.capacity[self.pool_of_key[first_key]]
         first = min(len(absent), slots - len(present) - len(awaited))
         arriving = self._begin_wave(present + awaited + absent[:first], awaited, absent[:first])
-        # The link must not stand still, then the compute stream; all else takes less time than they are busy for.
-        self.link.send_demand()
+        # The link has its first demand; now the compute stream, then all that takes less time than they are busy for.
         self.timeline.decided()
         self._compute(step, layer, present)
         self.link.send_demands()
@@ -335,10 +339,14 @@ class Executor:
         """Hold what the wave needs, ask the link for what it lacks, and return what has to be waited for."""
         self._hold(wave, HELD)
         arriving: dict[int, Transfer] = {}
+        sent = False
         for key in awaited:
             arriving[key] = transfer = self.transfers[key]
             if not transfer.demand:
                 self.link.promote(transfer)
+        if self.link.demand:  # the link must not stand still
+            self.link.send_demand()
+            sent = True
         for key in absent:
             queued = self.transfers.get(key)
             if queued is not None:
@@ -348,6 +356,9 @@ class Executor:
             else:
                 self.transfers[key] = queued = Transfer(key, self.now, demand=True)
                 self.link.demand.append(queued)
+                if not sent:
+                    self.link.send_demand()
+                    sent = True
             arriving[key] = queued
         return arriving
 

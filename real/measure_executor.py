@@ -42,11 +42,17 @@ _PREFETCHES = {
 }
 
 
+_AHEAD = 8
+_LOOKS_AHEAD = {**_PREFETCHES, "prefetch": {"_target_": "policies.prefetch.top_n.TopN", "n": None, "depth": _AHEAD}}
+
+
 class ShapeTimes(NamedTuple):
     """Samples of one shape at batch 1, ns."""
 
     attention: dict[int, Samples]
-    """Attention, gate and shared experts of a layer, by length of the KV cache."""
+    """Attention and gate of a layer, by length of the KV cache."""
+    shared: Samples
+    """Its shared experts."""
     attention_beside: Samples
     """The same at the shortest length while the link is busy."""
     groups: dict[int, Samples]
@@ -67,6 +73,8 @@ class ShapeTimes(NamedTuple):
     """From a gate's end until the first copy of what is missing starts."""
     landing_to_experts: Samples
     """From the end of the last copy until its expert starts."""
+    ahead: Samples
+    """The host's time for predicting one layer ahead."""
     step_issue: Samples
     """The host's time between a step's last experts and the next step's first gate."""
     mark: Samples
@@ -134,11 +142,13 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
     resident = run("all resident", short, _WAITS, everything, preload=True)
     missing = run("all missing", short, _WAITS, shape.top_k)
     prefetched = run("prefetched late", short, _PREFETCHES, 3 * shape.top_k)
+    ahead = run("all resident, looking ahead", short, _LOOKS_AHEAD, everything, preload=True)
     attention = {short: resident.inner_attention}
     for context in longer:
         attention[context] = run("all resident", context, _WAITS, everything, preload=True).inner_attention
     return ShapeTimes(
         attention=attention,
+        shared=resident.spans("gate"),
         attention_beside=prefetched.inner_attention,
         groups={1: missing.last_groups, shape.top_k: resident.spans("start")},
         group_beside=missing.other_groups,
@@ -146,9 +156,10 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
         copy_first=missing.copies(first=True),
         copy_behind=missing.copies(first=False),
         gate_issue=resident.gate_issue,
-        gate_to_residents=resident.spans("gate"),
+        gate_to_residents=resident.spans("decide"),
         gate_to_copy=missing.gate_to_copy,
         landing_to_experts=missing.landing_to_experts,
+        ahead=[(each - float(np.median(resident.experts_issue))) / _AHEAD for each in ahead.experts_issue],
         step_issue=resident.step_issue,
         mark=resident.spans("end"),
     )
@@ -162,6 +173,7 @@ class _Parts:
         self.marks, self._copies = timeline.device_marks(), timeline.copy_marks()
         timed = slice(cell.warmup, cell.warmup + cell.steps)
         begin, issued = (timeline.stamps[timed, :, place] for place in (0, 1))
+        self.experts_issue: Samples = _floats((timeline.stamps[timed, :, 4] - timeline.stamps[timed, :, 3]).ravel())
         self.gate_issue: Samples = _floats((issued - begin).ravel())
         self.step_issue: Samples = _floats(begin[1:, 0] - timeline.stamps[timed, -1, -1][:-1])
         self._span = np.diff(self.marks[:, 3])
@@ -215,7 +227,7 @@ class _Parts:
         """Return the time from each event's gate to its first copy."""
         copies = self._copies
         first = copies[np.append(True, copies[1:, 0] != copies[:-1, 0])]
-        ends = self._by_event(MARKS.index("gate"))
+        ends = self._by_event(MARKS.index("gate"))  # of the gate, whatever shared experts follow
         return [float(start - ends[event]) for event, start in zip(first[:, 0], first[:, 3], strict=True) if event in ends]
 
     @property

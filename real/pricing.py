@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.contract import Ints, Setting
+from policies.contract import Ints
+from policies.system import System
 from sim.costs import NO_READOUT, Costs, demand_times
 from sim.result import StepTimes
 from sim.workload import Workload
@@ -32,12 +33,12 @@ class Priced(NamedTuple):
     """[S] time that the link moved bytes, by the step in which a transfer was started."""
 
 
-def price(log: Log, workload: Workload, costs: Costs, setting: Setting) -> Priced:
-    """Return the cost of the decisions in `log`, which holds every event of `workload`, made with the slots of `setting`.
+def price(log: Log, workload: Workload, costs: Costs, system: System) -> Priced:
+    """Return the cost of the decisions in `log`, which holds every event of `workload`, made with the slots of `system`.
 
     Raises InputError where the log is not of this workload: where an event judges other experts than it needs.
     """
-    return _Pricing(log, workload, costs, setting).result()
+    return _Pricing(log, workload, costs, system).result()
 
 
 class _Move:
@@ -95,8 +96,9 @@ class _Link:
 
 
 class _Pricing:
-    def __init__(self, log: Log, workload: Workload, costs: Costs, setting: Setting) -> None:
-        self.events, self.costs, self.setting = workload.events, costs, setting
+    def __init__(self, log: Log, workload: Workload, costs: Costs, system: System) -> None:
+        self.events, self.costs, self.setting = workload.events, costs, system.setting
+        self.depth = system.prefetch.depth
         self.computed = self.waited = self.last_landed = 0
         self.takes = costs.expert_ns[self.events.tokens].tolist()
         self.link = _Link(costs, len(workload.decode))
@@ -138,20 +140,23 @@ class _Pricing:
             counts = [0, 0, 0]
             for event in range(step * layers, (step + 1) * layers):
                 starts = max(compute, host)
-                takes_ns = attention_ns + (costs.beside_ns if self.link.free > starts else 0)
+                takes_ns = attention_ns + (costs.beside_ns if self.link.free > max(starts, self.last_landed) else 0)
                 gate_end = max(starts + takes_ns, host + costs.host_gate_ns)
                 known = gate_end + costs.readout_ns
                 host = known + costs.host_experts_ns
-                self.computed += takes_ns
+                self.computed += takes_ns + costs.shared_ns
                 counts = [n + len(keys) for n, keys in zip(counts, self.judged[event].values(), strict=True)]
-                compute = self._serve(step, event, known, host)
+                compute = self._serve(step, event, known + costs.host_demand_ns, max(host, gate_end + costs.shared_ns))
+                host += costs.host_ahead_ns * min(self.depth, self.events.total - 1 - event)
             host += costs.host_step_ns
             compute = max(compute + step_ns, host)
             if costs.step_readout_ns != NO_READOUT:
                 host = compute + costs.step_readout_ns
             self.rows.append([self.computed, self.waited, compute - before - self.computed - self.waited, *counts])
         if self.rows:
-            self.link.busy[-1] -= max(0, self.link.free - compute)  # what moves after the end does not count
+            self.link.busy[-1] -= max(
+                0, self.link.free - max(compute, self.last_landed)
+            )  # what moves after the end does not count
         return Priced(StepTimes(*np.array(self.rows, np.int64).reshape(-1, 6).T), self.link.busy)
 
     def _serve(self, step: int, event: int, known: int, issued: int) -> int:
@@ -165,13 +170,15 @@ class _Pricing:
         arrival_ns = self.costs.group_ns + self.costs.beside_ns
         takes = {key: ns if key in present else ns + arrival_ns for key, ns in takes.items()}
         together = self.costs.group_ns if present else 0
+        waves = self._waves(event, present, late, absent)
+        together += self.costs.beside_ns if present and (late or waves[0]) else 0
         self.computed += sum(takes.values()) + together
         link.paused = [move for move in link.paused if move.cancelled > event]
         at = known
         compute: int = issued + together + sum(takes[key] for key in present)
         starts = iter([*self.started[event], None])
         following = next(starts)
-        for number, wave in enumerate(self._waves(event, present, late, absent)):
+        for number, wave in enumerate(waves):
             if number:
                 at = compute
             awaited = [*late, *wave] if number == 0 else wave
@@ -182,11 +189,15 @@ class _Pricing:
             arrived = len(awaited) > 0
             compute = self._bring(step, event, at, compute, awaited, loads, takes)
             landed = self.last_landed
+            started = False
             while following is not None and following.what != "load" and not following.after_end:
+                started = True
                 link.start(following, at, step)
                 following = next(starts)
-            longer = -1 if arrived and link.free <= landed else 0  # nothing moves beside the last one
-            longer += 1 if number == 0 and present and (arrived or link.free > at) else 0
+            if arrived:
+                longer = -1 if link.free <= landed else 0  # nothing moves beside the last one
+            else:
+                longer = 1 if present and (started or link.free > at) else 0
             compute += longer * self.costs.beside_ns
             self.computed += longer * self.costs.beside_ns
             while following is not None and following.what != "load":

@@ -19,11 +19,11 @@ STAMPS = ("begin", "gate_issued", "routed", "decided", "experts_issued")
 """Host stamps of every (step, layer): it begins to issue attention and gate; has issued them; knows the routed experts; has
 decided and fed the link; has issued the experts."""
 
-MARKS = ("attention", "gate", "wait", "start", "end", "head", "step_end")
-"""Places in the compute stream: before attention and after the gate; before it waits for a transfer; before and after a
-group of experts; before and after the head."""
+MARKS = ("attention", "gate", "decide", "wait", "start", "end", "head", "step_end")
+"""Places in the compute stream: before attention; after the gate; after the shared experts; before it waits for a transfer;
+before and after a group of experts; before and after the head."""
 
-_ATTENTION, _GATE, _WAIT, _START, _END, _HEAD, _STEP_END = range(len(MARKS))
+_ATTENTION, _GATE, _DECIDE, _WAIT, _START, _END, _HEAD, _STEP_END = range(len(MARKS))
 
 
 class DeviceTimes(NamedTuple):
@@ -34,7 +34,7 @@ class DeviceTimes(NamedTuple):
     host: Ints
     """It stood still for the host thread."""
     attention: Ints
-    """Part of compute: attention and gate of all layers."""
+    """Part of compute: attention, gate and shared experts of all layers."""
     experts: Ints
     """Part of compute: routed experts of all layers."""
     head: Ints
@@ -88,6 +88,10 @@ class Timeline:
         self._mark(_GATE)
         self.issued_ns = time.perf_counter_ns()
         self._stamps.append(self.issued_ns)
+
+    def shared_issued(self) -> None:
+        """Shared experts are issued."""
+        self._mark(_DECIDE)
 
     def routed(self) -> None:
         """The host knows the routed experts."""
@@ -173,7 +177,7 @@ class Timeline:
             chosen = np.isin(kinds, wanted)
             return np.bincount(step[chosen], weights=spans[chosen], minlength=steps).astype(np.int64)
 
-        attention, experts, head, wait = total(_ATTENTION), total(_START), total(_HEAD), total(_WAIT)
+        attention, experts, head, wait = total(_ATTENTION, _GATE), total(_START), total(_HEAD), total(_WAIT)
         ends = rows[rows[:, 2] == _STEP_END, 3]
         duration = np.diff(ends, prepend=rows[0, 3])
         compute = attention + experts + head

@@ -98,11 +98,11 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
     workload = first_steps(whole, int(run.steps["step"].max()) + 1)
     costs = cell_costs(run.cell, hardware, workload)
     system = cell_system(run.cell, whole)
-    priced = price(run.log, workload, costs, system.setting)
+    priced = price(run.log, workload, costs, system)
     free = with_free_link(costs) if run.cell["preload"] else costs
     log: list[tuple[Any, ...]] = []
     simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, free, log)
-    link_busy = price(log, workload, free, system.setting).link_busy_ns
+    link_busy = price(log, workload, free, system).link_busy_ns
     return CellReport(
         name=run.name,
         system=run.cell["system"]["name"],

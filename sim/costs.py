@@ -58,6 +58,12 @@ class Costs(NamedTuple):
     """[chunks + 1] link time of the last n chunks of an expert as a demand, in one copy; empty: chunk by chunk."""
     committed_chunks: int = 0
     """Chunks that a prefetch moves before it gives way to a demand, besides the one that is moving."""
+    shared_ns: int = 0
+    """Compute of a layer's shared experts where they run between its gate and its routed experts, while the host decides."""
+    host_demand_ns: int = 0
+    """From knowing the routed experts until the link is given what is missing; `host_experts_ns` runs beside it."""
+    host_ahead_ns: int = 0
+    """The host's time for predicting one layer ahead, once it has issued the experts."""
     beside_ns: int = 0
     """By how much longer attention, or a group of experts, takes beside a link that is busy when it starts."""
 
@@ -93,12 +99,12 @@ def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints
         for count in range(1, int(tokens.max(initial=0)) + 1)
     ]
     attention_ns = np.array(attention, np.int64) + hardware.layer_launch_ns
-    step_ns, group_ns = hardware.step_launch_ns, 0
+    step_ns, group_ns, shared_ns = hardware.step_launch_ns, 0, 0
     measured = hardware.models.get(model.name) if precision == "bf16" else None
     if measured is not None:
         attention_ns = np.array([along(measured.attention, each) for each in context.tolist()], np.int64)
         expert = [measured.expert_ns + each - expert[0] for each in expert]
-        step_ns, group_ns = measured.step_ns, measured.group_ns
+        step_ns, group_ns, shared_ns = measured.step_ns, measured.group_ns, measured.shared_ns
     return Costs(
         host_gate_ns=hardware.gate_issue_ns,
         host_experts_ns=hardware.expert_issue_ns,
@@ -117,13 +123,16 @@ def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints
         group_ns=group_ns,
         demand_ns=(0, *(along(train, expert_bytes - (chunks - left) * chunk_bytes) for left in range(1, chunks + 1))),
         committed_chunks=hardware.committed_chunks,
+        shared_ns=shared_ns,
+        host_demand_ns=hardware.demand_issue_ns,
+        host_ahead_ns=hardware.ahead_ns,
         beside_ns=hardware.beside_ns,
     )
 
 
 def with_free_link(costs: Costs) -> Costs:
     """Return the same costs with transfers that take no time: what remains is compute and host."""
-    return costs._replace(chunk_ns=0, last_chunk_ns=0, link_start_ns=0, demand_ns=())
+    return costs._replace(chunk_ns=0, last_chunk_ns=0, link_start_ns=0, demand_ns=(), beside_ns=0)
 
 
 def transfer_ns(costs: Costs) -> int:
@@ -140,12 +149,12 @@ def demand_times(costs: Costs) -> tuple[int, ...]:
 def decode_layer_ns(costs: Costs, top_k: int) -> int:
     """Return the time of one layer for one token when nothing is waited for.
 
-    From gate to gate: the read-out and the host's decision stand between a gate and its experts; the host
-    issues the next layer's attention and gate while the experts, and then the first of it, already run. The
-    context is the shortest of all steps, as a system would see when it measures itself before it serves.
+    From gate to gate: the read-out and the host's decision stand between a gate and its experts, or its shared experts if
+    they take longer; the host issues the next layer's attention and gate while the experts, and then the first of it,
+    already run. The context is the shortest of all steps, as a system would see when it measures itself before it serves.
     """
     compute_ns = costs.group_ns + top_k * int(costs.expert_ns[1]) + int(costs.attention_ns.min())
-    return costs.readout_ns + costs.host_experts_ns + max(compute_ns, costs.host_gate_ns)
+    return max(costs.readout_ns + costs.host_experts_ns, costs.shared_ns) + max(compute_ns, costs.host_gate_ns)
 
 
 def along(curve: Curve, size: int) -> int:

@@ -38,18 +38,28 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
         "expert_issue_ns": ("ns", _FROM_ZERO),
         "step_ns": ("ns", _FROM_ZERO),
         "step_readout_ns": ("ns", _FROM_ZERO),
+        "demand_issue_ns": ("ns", _FROM_ZERO),
+        "ahead_ns": ("ns", _FROM_ZERO),
     },
     "device": {"memory_bytes": ("bytes", _POSITIVE)},
 }
 
 _MODEL_LAYOUT: Mapping[str, tuple[str, int]] = {
     "attention": (CONTEXT_UNIT, _POSITIVE),
+    "shared_ns": ("ns", _FROM_ZERO),
     "group_ns": ("ns", _FROM_ZERO),
     "expert_ns": ("ns", _POSITIVE),
     "step_ns": ("ns", _POSITIVE),
 }
 
-OPTIONAL = ("link.h2d_train", "link.committed_chunks", "compute.beside_ns", "host.step_readout_ns")
+OPTIONAL = (
+    "link.h2d_train",
+    "link.committed_chunks",
+    "compute.beside_ns",
+    "host.step_readout_ns",
+    "host.demand_issue_ns",
+    "host.ahead_ns",
+)
 """Constants that a profile may lack; the memory model then lacks the term."""
 
 Curve = tuple[tuple[int, int], ...]
@@ -77,7 +87,9 @@ class ModelTimes(NamedTuple):
     """What one model takes on the device at batch 1 in bf16, measured on the kernels that run it."""
 
     attention: Curve
-    """Attention, gate and shared experts of one layer, by cached tokens."""
+    """Attention and gate of one layer, by cached tokens."""
+    shared_ns: int
+    """Its shared experts, which run after the gate."""
     group_ns: int
     """Once per group of routed experts that are computed together."""
     expert_ns: int
@@ -124,6 +136,10 @@ class Hardware:
     """From the end of a step on the device until the host goes on; None where the host does not wait for that end."""
     committed_chunks: int = 0
     """Chunks that are given to the copy engine ahead of the one that is moving, and cannot be called back."""
+    demand_issue_ns: int = 0
+    """Host time from knowing the routed experts until the link is given what is missing."""
+    ahead_ns: int = 0
+    """Host time for predicting one layer ahead."""
     beside_ns: int = 0
     """By how much longer attention, or a group of experts, takes while the link is busy."""
     models: Mapping[str, ModelTimes] = field(default_factory=dict)
@@ -194,11 +210,13 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         h2d_train=curve("link.h2d_train") if "link.h2d_train" in constants else None,
         step_readout_ns=number("host.step_readout_ns") if "host.step_readout_ns" in constants else None,
         committed_chunks=number("link.committed_chunks") if "link.committed_chunks" in constants else 0,
+        demand_issue_ns=number("host.demand_issue_ns") if "host.demand_issue_ns" in constants else 0,
+        ahead_ns=number("host.ahead_ns") if "host.ahead_ns" in constants else 0,
         beside_ns=number("compute.beside_ns") if "compute.beside_ns" in constants else 0,
         models={
             model: ModelTimes(
                 curve(f"models.{model}.attention"),
-                *(number(f"models.{model}.{key}") for key in ("group_ns", "expert_ns", "step_ns")),
+                *(number(f"models.{model}.{key}") for key in ("shared_ns", "group_ns", "expert_ns", "step_ns")),
             )
             for model in measured_models
         },

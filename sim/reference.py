@@ -94,16 +94,18 @@ class _Engine:
                 starts, issued = max(compute, host), host + costs.host_gate_ns
                 takes_ns = attention_ns
                 if costs.beside_ns:
-                    yield env.timeout(starts - env.now)
+                    yield env.timeout(max(0, starts - env.now))
                     if self.link.moving is not None:
                         takes_ns += costs.beside_ns
                 gate_end = max(starts + takes_ns, issued)
-                self.computed += takes_ns
+                self.computed += takes_ns + costs.shared_ns
                 self.host_idle += gate_end - compute - takes_ns
-                yield env.timeout(gate_end + costs.readout_ns - env.now)
+                known = gate_end + costs.readout_ns
+                yield env.timeout(max(0, known + costs.host_demand_ns - env.now))
 
-                host = env.now + costs.host_experts_ns
-                compute = yield from self._serve_event(step, layer, gate_end, host)
+                host = known + costs.host_experts_ns
+                compute = yield from self._serve_event(step, layer, gate_end + costs.shared_ns, host)
+                host += costs.host_ahead_ns * min(self.depth, self.events.total - 1 - self.now)
             host += costs.host_step_ns
             step_end = max(compute + step_ns, host)
             self.computed += step_ns
@@ -112,10 +114,13 @@ class _Engine:
             if costs.step_readout_ns != NO_READOUT:
                 host = compute + costs.step_readout_ns
             self._close_step()
-        yield env.timeout(compute - env.now)
+        yield env.timeout(max(0, compute - env.now))
 
-    def _serve_event(self, step: int, layer: int, gate_end: int, issued: int) -> Generator[simpy.Event, None, int]:
-        """Decide, load and compute the experts of one (step, layer); return when the compute stream is done."""
+    def _serve_event(self, step: int, layer: int, free: int, issued: int) -> Generator[simpy.Event, None, int]:
+        """Decide, load and compute the experts of one (step, layer); return when the compute stream is done.
+
+        The compute stream has nothing else to do from `free` on, and the experts are issued at `issued`.
+        """
         if self.release_ns is not None:
             self._end_event(self.release_ns)
         self.now = now = step * self.events.layers + layer
@@ -130,8 +135,8 @@ class _Engine:
         first = min(len(absent), slots - len(present) - len(awaited))
         waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
 
-        compute, beside_ns = issued, self.costs.beside_ns
-        self.host_idle += issued - gate_end
+        compute, beside_ns = max(issued, free), self.costs.beside_ns
+        self.host_idle += compute - free
         for number, absent in enumerate(waves):
             wave = absent if number else present + awaited + absent
             self._begin_wave(wave, () if number else awaited, absent)

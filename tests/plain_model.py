@@ -17,7 +17,8 @@ class Move:
 class PlainModel:
     """`unions` [event] maps keys to tokens, `predicted` [event] lists (ahead, keys)."""
 
-    def __init__(self, unions, predicted, setting, costs, eviction, drop_unused, reupload):
+    def __init__(self, unions, predicted, setting, costs, eviction, drop_unused, reupload, depth):
+        self.depth = depth
         self.unions, self.predicted, self.costs = unions, predicted, costs
         self.layers, self.experts = setting.layers, setting.experts
         self.pool_of, self.capacity = setting.pool_of.tolist(), setting.capacity.tolist()
@@ -240,13 +241,15 @@ class PlainModel:
                     self.finish_what_takes_no_time()
                 longer = costs.beside_ns if self.moving else 0
                 gate_end = max(starts + attention + longer, host + costs.host_gate_ns)
-                computed += attention + longer
-                self.go_on(gate_end + costs.readout_ns)
+                computed += attention + longer + costs.shared_ns
+                self.go_on(gate_end + costs.readout_ns + costs.host_demand_ns)
                 if self.ending:
                     self.end_event()
                 self.event += 1
                 union = self.unions[self.event]
-                compute = host = gate_end + costs.readout_ns + costs.host_experts_ns
+                host = gate_end + costs.readout_ns + costs.host_experts_ns
+                compute = max(host, gate_end + costs.shared_ns)
+                host += costs.host_ahead_ns * min(self.depth, len(self.unions) - 1 - self.event)
                 present, late, absent = self.judge(union)
                 hits, lates, misses = hits + len(present), lates + len(late), misses + len(absent)
                 waves = [[*present, *late]]
@@ -299,6 +302,6 @@ class PlainModel:
             steps.append([computed, waited, compute - before - computed - waited, hits, lates, misses])
         self.go_on(compute)
         if self.moving:
-            self.busy += compute - self.chunk_start
+            self.busy += self.time - self.chunk_start
         self.bytes["wasted"] += len(self.unused) * costs.expert_bytes
-        return steps, compute
+        return steps, self.time

@@ -160,6 +160,9 @@ def cases(draw, **fixed):
         group_ns=draw(st.integers(0, 90)),
         demand_ns=draw(st.sampled_from([(), (0, 110, 230, 300)])),
         committed_chunks=draw(st.integers(0, 2)),
+        shared_ns=draw(st.integers(0, 150)),
+        host_demand_ns=draw(st.integers(0, 90)),
+        host_ahead_ns=draw(st.integers(0, 90)),
         beside_ns=draw(st.sampled_from([0, 0, 7, 40])),
     )
     tried = composition(drop=draw(st.booleans()), reupload=draw(st.booleans()), **parts)

@@ -37,7 +37,14 @@ def test_engines_and_plain_model_agree(part):
         fast = run_fast(case.fresh_system(), case.workload, case.costs, fast_log, interpret=seed % 5 == 0)
         assert not difference(run, log or [], fast, fast_log or []), seed
         plain = PlainModel(
-            case.unions(), case.predictions(), case.system.setting, case.costs, case.eviction, case.drop, case.reupload
+            case.unions(),
+            case.predictions(),
+            case.system.setting,
+            case.costs,
+            case.eviction,
+            case.drop,
+            case.reupload,
+            case.system.prefetch.depth,
         )
         steps, end = plain.run()
         assert np.array(run.steps).T.tolist() == steps, seed
@@ -125,6 +132,9 @@ class Case:
             group_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 900)),
             demand_ns=() if rng.random() < 0.4 or chunk == 0 else (0, *np.cumsum(rng.integers(100, 8000, chunks)).tolist()),
             committed_chunks=int(rng.integers(0, 3)),
+            shared_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 1500)),
+            host_demand_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 1500)),
+            host_ahead_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 1500)),
             beside_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 900)),
         )
         if rng.random() < 0.3:  # round numbers, so that much happens at the same instant

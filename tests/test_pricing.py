@@ -17,7 +17,7 @@ def test_a_log_priced_at_its_own_costs_is_the_run(part):
             continue
         log = []
         run = run_reference(case.system, case.workload, case.costs, log)
-        priced = price(log, case.workload, case.costs, case.system.setting)
+        priced = price(log, case.workload, case.costs, case.system)
         assert np.array(priced.steps).tolist() == np.array(run.steps).tolist(), seed
         assert priced.link_busy_ns.sum() == run.link_busy_ns, seed
         compared += 1

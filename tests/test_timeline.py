@@ -27,12 +27,13 @@ class Clock(StandIn):
 def timeline():
     """One step of two layers: the second waits for a transfer; two copies of 100 bytes each, one right after the other."""
     device = Clock()
-    device.times[COMPUTE] = [0, 10, 15, 25, 27, 37, 40, 45, 60, 70, 71, 81]
+    device.times[COMPUTE] = [0, 10, 13, 15, 25, 27, 37, 37, 40, 45, 60, 70, 71, 81]
     device.times[COPY] = [38, 50, 50, 60]
     timeline = Timeline(device, layers=2, marks=True)
     timeline.begin_step(0)  # 0
     timeline.begin_layer(0, 0)
     timeline.gate_issued()  # 10
+    timeline.shared_issued()  # 13
     timeline.routed()
     timeline.decided()
     timeline.mark_start()  # 15
@@ -40,6 +41,7 @@ def timeline():
     timeline.experts_issued()
     timeline.begin_layer(0, 1)  # 27
     timeline.gate_issued()  # 37
+    timeline.shared_issued()
     timeline.routed()
     for _ in range(2):
         timeline.mark_copy(1, 100, True, False, lambda: None)
@@ -54,7 +56,7 @@ def timeline():
 
 def test_compute_wait_and_host_are_the_whole_duration(timeline):
     times = timeline.device_times()
-    assert [part.tolist() for part in times[:6]] == [[46], [5], [20], [20], [25], [1]]
+    assert [part.tolist() for part in times[:6]] == [[49], [5], [17], [23], [25], [1]]
 
 
 def test_the_links_rate_is_that_of_copies_in_a_row(timeline):

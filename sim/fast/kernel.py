@@ -68,12 +68,15 @@ def run_part(runs: Any, stop: Any) -> Any:
         # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
         issued = run.host + run.host_gate_ns
         gate_end = max(max(run.compute, run.host) + attention_ns, issued)
-        run.computed += attention_ns
+        run.computed += attention_ns + run.shared_ns
         run.host_idle += gate_end - run.compute - attention_ns
-        _let_link_act(run, gate_end + run.readout_ns)
+        known = gate_end + run.readout_ns
+        _let_link_act(run, known + run.host_demand_ns)
 
-        run.host = run.time + run.host_experts_ns
-        _serve_event(run, gate_end)
+        run.host = known + run.host_experts_ns
+        _serve_event(run, gate_end + run.shared_ns)
+        if run.depth:
+            run.host += run.host_ahead_ns * min(run.depth, run.events - 1 - run.now)
         run.layer += 1
         if run.layer == run.layers:
             run.layer = 0
@@ -93,8 +96,8 @@ def run_part(runs: Any, stop: Any) -> Any:
 
 
 @njit(forceinline=True)
-def _serve_event(run: Any, gate_end: Any) -> None:
-    """Decide, load and compute the experts of one (step, layer)."""
+def _serve_event(run: Any, free: Any) -> None:
+    """Decide, load and compute the experts of one (step, layer); the compute stream does nothing else from `free` on."""
     if run.release_ns != NEVER:
         _end_event(run)
     run.now += 1
@@ -110,8 +113,9 @@ def _serve_event(run: Any, gate_end: Any) -> None:
     wave, next_wave = 0, min(absent, slots - hits)
     if next_wave < absent:
         _hold_wave(run, hits, wave, next_wave)
-    run.host_idle += run.host - gate_end
-    run.compute = run.host + present_ns
+    starts = max(run.host, free)
+    run.host_idle += starts - free
+    run.compute = starts + present_ns
     _begin_wave(run, awaited, wave, next_wave)
     if run.depth:
         _predict(run)
