@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,7 +124,8 @@ class LiveRun:
         self._sizes = {"layers": layers, "experts": experts, "top_k": top_k}
         self._settings = {"seed": seed, "layer_ns": layer_ns}
         self._copies = {"chunk_bytes": chunk_bytes, "window_bytes": window_bytes}
-        self._graphs, self._recorder = graphs, recorder
+        self.graphs, self._recorder = graphs, recorder
+        """Whether decode passes are captured ones."""
         self._given, self._prove = device, prove
         self._done = 0
         self._step = 0
@@ -147,8 +148,8 @@ class LiveRun:
 
     # ---- requests --------------------------------------------------------------------------------------------
 
-    def request(self, prompt: Sequence[int]) -> Request:
-        """Generate for one prompt, greedily, and wait until the device is done."""
+    def request(self, prompt: Sequence[int], on_decode: Callable[[], None] = lambda: None) -> Request:
+        """Generate for one prompt, greedily, and wait until the device is done; `on_decode` is called after the prompt's pass."""
         if self._done == self._requests:
             raise InputError(f"the run was set up for {self._requests} requests; this is one more")
         if len(prompt) > self._most_prompt_tokens:
@@ -157,7 +158,7 @@ class LiveRun:
         self.decoder.request = self._done
         self._done += 1
         with torch.no_grad():
-            return self._request(first, prompt)
+            return self._request(first, prompt, on_decode)
 
     def decode_steps(self, request: int) -> slice:
         """Return the decode steps of a request, by which the timeline and the counts are indexed."""
@@ -167,19 +168,20 @@ class LiveRun:
         """Return the counts of all requests so far."""
         return self.executor.outcome()
 
-    def _request(self, first: int, prompt: Sequence[int]) -> Request:
+    def _request(self, first: int, prompt: Sequence[int], on_decode: Callable[[], None]) -> Request:
         """Run the prompt's pass, then one for every further token: captured where possible."""
-        cache = self._static_cache() if self._graphs else None
+        cache = self._static_cache() if self.graphs else None
         start = time.perf_counter()
         ids = torch.tensor([list(prompt)]).to(self.model.where)
         output, token = self._pass(first, ids, past_key_values=cache)
         self.decoder.forget()
         self.executor.finish()
+        on_decode()
         middle = time.perf_counter()
         if cache is not None and not self._segments and (reason := _why_not_static(cache)):
             self._give_graphs_up(reason)
         steps = range(first + 1, first + self.new_tokens)
-        tokens = self._static(steps, token) if self._graphs else self._dynamic(steps, token, output.past_key_values)
+        tokens = self._static(steps, token) if self.graphs else self._dynamic(steps, token, output.past_key_values)
         self.executor.finish()
         return Request(tokens.tolist(), middle - start, time.perf_counter() - middle)
 
@@ -293,7 +295,7 @@ class LiveRun:
         self._segments, self._held = segments, self.decoder.held()
 
     def _give_graphs_up(self, reason: str) -> None:
-        self._graphs = False
+        self.graphs = False
         self._segments = []
         self.notes.append(f"without graphs: {reason}")
 
