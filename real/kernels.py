@@ -208,9 +208,7 @@ def _enter(
     weight = tl.where(absent, 0.0, weight)
     tl.store(held_weights + token * K + rank, weight, mask=inside)
     if WITH_WEIGHTS:
-        tl.store(
-            weight_words + token * K + rank, tag | weight.to(tl.uint32, bitcast=True).to(tl.int64), mask=inside
-        )
+        tl.store(weight_words + token * K + rank, tag | weight.to(tl.uint32, bitcast=True).to(tl.int64), mask=inside)
     for start in range(0, H, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         some = columns < H

@@ -7,33 +7,26 @@ the host's decisions between them; the model's Python then runs for prompts only
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from policies.system import Composition, System, build_system
+from real.decisions import Decisions
 from real.device import Device
 from real.executor import Executor, Outcome, Shape
+from real.host import undisturbed
 from real.live_decoder import LiveDecoder
-from real.live_model import LiveModel, load_model
-from real.replay import Log, check_room, device_errors, free_device_memory, link_rate, no_garbage_collection
+from real.live_model import LiveModel
+from real.replay import Log, check_room, device_errors, free_device_memory, link_rate
 from real.schedule import Schedule
 from real.standin import StandIn
-from real.systems import composition, read_system
 from real.timeline import Timeline
-from sim.budget import slots_within
 from traces.errors import InputError
-from traces.recorder.loading import load_encoder
-from traces.recorder.prompts import read_prompts, tokenize
 
 CHUNK_BYTES = 4 << 20
 """Bytes of one copy of a prefetch; two of them are given to the copy stream ahead."""
@@ -330,12 +323,22 @@ class LiveRun:
                 if self._preload:
                     self.executor.preload(range(self._sizes["layers"] * self._sizes["experts"]))
                 hooks = self.decoder.observing()
-                with self.model.serving(self._serve), no_garbage_collection():
+                with self.model.serving(self._serve), undisturbed():
                     yield
             finally:
                 for hook in hooks:
                     hook.remove()
-                for name in ("decoder", "executor", "_cache", "_segments", "_held", "_ids", "_chosen", "_place", "_recorder"):
+                for name in (
+                    "decoder",
+                    "executor",
+                    "_cache",
+                    "_segments",
+                    "_held",
+                    "_ids",
+                    "_chosen",
+                    "_place",
+                    "_recorder",
+                ):
                     self.__dict__.pop(name, None)
 
     def _system(self, transfer_ns: int) -> System:
@@ -345,9 +348,8 @@ class LiveRun:
     def _executor(self, system: System, device: Device, expert_bytes: int) -> Executor:
         shape = Shape(self._requests * self.new_tokens, self._sizes["layers"], self._sizes["experts"])
         return Executor(
-            system,
+            Decisions(system, self.decoder.observed, lambda step: (0, self.decoder.count)),
             shape,
-            self.decoder.seen,
             self.decoder,
             device,
             self.decoder.copy,

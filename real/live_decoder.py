@@ -13,17 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from policies.contract import Seen
 from real.decoder import GRAPH_TOKENS, RING_ROWS
 from real.device import COMPUTE, Device
 from real.live_model import LiveModel
 from real.readout import Readout
+from sim.fast.hooks import Observed
 from traces.errors import InputError
 from traces.recorder.routers import RouterCall, choose, logarithm, logits_in, rank
-
-_NONE: Any = np.zeros((0, 0))
-_NO_RANKING: Any = np.zeros((0, 0, 0))
-"""What a policy sees of observations that it did not ask for."""
 
 
 class LiveDecoder:
@@ -55,10 +51,13 @@ class LiveDecoder:
             self._size_out, width = self._output
         self._width = width
         self.depth = depth if "lookahead" in needs else 0
+        self._predicts = depth > 0
         self.ranks = min(2 * self.top_k, self.experts)
         self._kernels = self._use_kernels(where)
         per_token = 2 * self.top_k + 2 * self.depth * self.ranks + ("logits" in needs) * self.experts
         self.readout = Readout(most_tokens * per_token, device, where, kernels=self._kernels)
+        self.observed = self._observed(most_tokens)
+        """Rows of the running pass, for predictors."""
         self._routers = None
         self._calls: list[RouterCall] = []
         if needs & {"lookahead", "logits"}:
@@ -69,7 +68,7 @@ class LiveDecoder:
         """Whose tokens are running."""
         self._segments: Sequence[Any] = ()
         """While a captured pass is replayed: what runs before each layer's experts, and after the last."""
-        self._count = 0
+        self.count = 0
         self._routed: list[int] = []
         self._small = False
         self._held: list[tuple[Any, Any, Any]] = [(None, None, None)] * self.layers
@@ -181,6 +180,8 @@ class LiveDecoder:
         if not self.readout.complete():
             return None
         self._routed = self.readout.whole("ids").tolist()
+        if self._predicts:
+            self._observe(layer)
         return self._routed
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
@@ -190,7 +191,7 @@ class LiveDecoder:
             row = [slots.get(first_key + expert, -1) if expert >= 0 else -1 for expert in self._routed]
             self._ring[self._rows % RING_ROWS, : len(row)] = row
             self._rows += 1
-            self._part(layer, self._count).replay()
+            self._part(layer, self.count).replay()
             return
         groups = [
             (slot, [place for place, expert in enumerate(self._routed) if first_key + expert == key])
@@ -205,26 +206,11 @@ class LiveDecoder:
             self.event += 1
             self._segments[-1].replay()
 
-    def seen(self, step: int, layer: int, now: int) -> Seen:
-        """Return what a policy sees of the running event."""
-        count, k, readout = self._count, self.top_k, self.readout
-        experts = np.array(self._routed, np.int32).reshape(count, k)
-        weights = readout.fractions("weights").reshape(count, k) if "weights" in self.needs else _NONE
-        ranked, scores = _NO_RANKING, _NO_RANKING
-        if self.depth:
-            ranked = np.full((count, self.depth, self.ranks), -1, np.int32)
-            scores = np.zeros((count, self.depth, self.ranks), np.float32)
-            for ahead in range(min(self.depth, self.layers - 1 - layer)):
-                ranked[:, ahead] = readout.whole(f"ranked {ahead}").reshape(count, -1)
-                scores[:, ahead] = readout.fractions(f"scores {ahead}").reshape(count, -1)
-        logits = readout.fractions("logits").reshape(count, -1) if "logits" in self.needs else _NONE
-        return Seen(now, layer, experts, weights, np.full(count, self.request), ranked, scores, logits)
-
     # ---- events ----------------------------------------------------------------------------------------------
 
     def _begin_event(self, layer: int, count: int) -> None:
         """Say what the host will be told of the event; may be called twice, by the router's hook and the experts."""
-        self._count = count
+        self.count = count
         self._small = self._kernels and count <= GRAPH_TOKENS
         sizes: dict[str, int] = {}
         for ahead in range(min(self.depth, self.layers - 1 - layer)):
@@ -234,6 +220,34 @@ class LiveDecoder:
         if "weights" in self.needs:
             sizes["weights"] = count * self.top_k
         self.readout.expect(self.event, sizes | {"ids": count * self.top_k})
+
+    def _observed(self, rows: int) -> Observed:
+        layers, k, ranks, needs = self.layers, self.top_k, self.ranks, self.needs
+
+        def numbers(needed: bool, *sizes: int, kind: Any = np.float32) -> Any:
+            return np.full((rows if needed else 0, layers, *(sizes if needed else (0,) * len(sizes))), -1, kind)
+
+        return Observed(
+            experts=numbers(True, k, kind=np.int16),
+            weights=numbers("weights" in needs, k),
+            request=np.zeros(rows, np.int64),
+            lookahead_experts=numbers(self.depth > 0, self.depth, ranks, kind=np.int16),
+            lookahead_scores=numbers(self.depth > 0, self.depth, ranks),
+            router_logits=numbers("logits" in needs, self.experts),
+        )
+
+    def _observe(self, layer: int) -> None:
+        """Write what was read into the rows that predictors see."""
+        count, readout, observed = self.count, self.readout, self.observed
+        observed.experts[:count, layer] = readout.whole("ids").reshape(count, -1)
+        observed.request[:count] = self.request
+        if "weights" in self.needs:
+            observed.weights[:count, layer] = readout.fractions("weights").reshape(count, -1)
+        for ahead in range(min(self.depth, self.layers - 1 - layer)):
+            observed.lookahead_experts[:count, layer, ahead] = readout.whole(f"ranked {ahead}").reshape(count, -1)
+            observed.lookahead_scores[:count, layer, ahead] = readout.fractions(f"scores {ahead}").reshape(count, -1)
+        if "logits" in self.needs:
+            observed.router_logits[:count, layer] = readout.fractions("logits").reshape(count, -1)
 
     # ---- routers ---------------------------------------------------------------------------------------------
 
@@ -391,7 +405,9 @@ class LiveDecoder:
         offset = dict(zip(layout.names, layout.offsets, strict=True))
         transposed = module.is_transposed
         wide = self._held_wide[:entries]
-        first, second = ({"offset": offset[name], "bias": offset.get(f"{name}_bias", -1)} for name in (self._first, self._second))
+        first, second = (
+            {"offset": offset[name], "bias": offset.get(f"{name}_bias", -1)} for name in (self._first, self._second)
+        )
         kernels.project(hidden, self._elements, slots, wide, **first, transposed=transposed, top_k=k)
         narrow = _activate(module, wide)
         kernels.project(narrow.contiguous(), self._elements, slots, y, **second, transposed=transposed, top_k=1)

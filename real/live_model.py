@@ -45,7 +45,9 @@ ExpertsInterface.register(KERNEL, torch.compiler.disable(_experts_forward))
 class LiveModel:
     """A model with its experts in a slab; made by `load_model` or `random_model`."""
 
-    def __init__(self, name: str, model: Any, layers: list[MoELayer], layout: ExpertLayout, slab: HostSlab, where: str) -> None:
+    def __init__(
+        self, name: str, model: Any, layers: list[MoELayer], layout: ExpertLayout, slab: HostSlab, where: str
+    ) -> None:
         self.name, self.model, self.layers, self.layout, self.slab, self.where = name, model, layers, layout, slab, where
         self.experts = expert_count(layers[0].experts)
         self.tensors = layout.views(torch.from_numpy(slab.blocks))
@@ -132,7 +134,9 @@ def load_model(path: str, where: str, dtype: str = "auto") -> LiveModel:
         raise
 
 
-def random_model(config: Any, where: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, name: str = "") -> LiveModel:
+def random_model(
+    config: Any, where: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, name: str = ""
+) -> LiveModel:
     """Build a model of `config` with random weights, its experts in host memory alone. Raises InputError."""
     name = name or str(config.model_type)
     model = _skeleton(config, dtype)
@@ -225,7 +229,9 @@ class _Taker:
             self._views = self.layout.views(torch.from_numpy(self.slab.blocks))
         assert self.layout is not None
         if value.dtype != self.layout.dtype:
-            raise InputError(f"{self.name}: experts are of type {self.layout.dtype}, but {name} of {value.dtype}; slots hold one")
+            raise InputError(
+                f"{self.name}: experts are of type {self.layout.dtype}, but {name} of {value.dtype}; slots hold one"
+            )
         index = self.modules.index(module)
         self._views[name][index * self.experts : (index + 1) * self.experts].copy_(value)
         self._taken.add((index, name))

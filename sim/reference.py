@@ -133,8 +133,8 @@ class _Engine:
             if number == 0:
                 if self.depth:
                     self._predict(step, layer)
-                for key in present:
-                    compute += takes[key]
+                if present:
+                    compute += self.costs.group_ns + sum(takes[key] for key in present)
             self.link.go()
             if self.outstanding:
                 self.all_landed = self.env.event()
@@ -143,12 +143,13 @@ class _Engine:
                 if landed > compute:
                     self.waited += landed - compute
                     compute = landed
-                compute += takes[key]
+                compute += self.costs.group_ns + takes[key]
             if number + 1 < len(waves):
                 yield self.env.timeout(max(0, compute - self.env.now))
                 self.residency.hold(wave, FREE)
         self.wave, self.release_ns = wave, compute
-        self.computed += sum(takes.values())
+        groups = len(union) - len(present) + bool(present)
+        self.computed += sum(takes.values()) + groups * self.costs.group_ns
         if self.system.composition.reupload_after_use:
             yield self.env.timeout(max(0, compute - self.env.now))
             if self.release_ns is not None:  # else the link came by at this very instant

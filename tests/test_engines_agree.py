@@ -156,6 +156,9 @@ def cases(draw, **fixed):
         chunk_bytes=100,
         link_start_ns=draw(st.integers(0, 300)),
         step_readout_ns=draw(st.integers(-1, 90)),
+        group_ns=draw(st.integers(0, 90)),
+        demand_ns=draw(st.sampled_from([(), (0, 110, 230, 300)])),
+        committed_chunks=draw(st.integers(0, 2)),
     )
     tried = composition(drop=draw(st.booleans()), reupload=draw(st.booleans()), **parts)
     rule, parameters = tried.parts["prefetch"]

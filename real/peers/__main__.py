@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from real.host import undisturbed
 from real.identity import check_all, prompts_of
 from real.live_model import LiveModel, random_model
 from real.peers.arms import Arm, all_arms
@@ -61,9 +62,10 @@ def run_arm(arm: Arm, model: LiveModel, prompts: Sequence[Sequence[int]], new_to
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with device_errors(arm.name), arm.opened(model, len(prompts), new_tokens, max(map(len, prompts))) as opened:
-        for prompt in prompts[:-1]:
-            opened.request(prompt)
-        request = opened.request(prompts[-1])
+        with undisturbed():
+            for prompt in prompts[:-1]:
+                opened.request(prompt)
+            request = opened.request(prompts[-1])
         facts = opened.facts(len(prompts) - 1)
     return {
         "arm": arm.name,
@@ -100,7 +102,10 @@ def compare(
                 row = run_arm(arm, model, prompts, new_tokens)
             except Exception as error:  # the other arms are to run all the same
                 gone.add(arm.name)
-                row = {"arm": arm.name, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+                row = {
+                    "arm": arm.name,
+                    "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                }
                 del error
             row["repeat"] = repeat
             rows.append(row)
@@ -133,7 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=65)
     parser.add_argument("--skip-identity", action="store_true", help="do not check small models first")
-    parser.add_argument("--only", default="", help="run only the arms whose name contains one of these texts, comma separated")
+    parser.add_argument(
+        "--only", default="", help="run only the arms whose name contains one of these texts, comma separated"
+    )
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
     try:

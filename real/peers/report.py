@@ -19,7 +19,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     arms = [_arm([row for row in measured if row["arm"] == name]) for name in names]
     reference = next((arm["tokens"] for arm in arms if arm["arm"] == "resident eager"), None)
     step_s = {
-        how: 1 / arm["tokens_per_s"] for arm in arms for how in ("graphs", "eager") if arm["arm"] == f"resident foregate, {how}"
+        how: 1 / arm["tokens_per_s"]
+        for arm in arms
+        for how in ("graphs", "eager")
+        if arm["arm"] == f"resident foregate, {how}"
     }
     own = {how: arm["tokens"] for arm in arms for how in ("graphs", "eager") if arm["arm"] == f"resident foregate, {how}"}
     for arm in arms:
@@ -48,7 +51,9 @@ def _arm(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return one arm's medians; the first repeat counts only where there is no other."""
     kept = [row for row in rows if row["repeat"] > 0] or list(rows)
     last = kept[-1]
-    found = {name: last.get(name) for name in ("arm", "offloads", "budget", "device_expert_bytes", "graphs", "notes", "tokens")}
+    found = {
+        name: last.get(name) for name in ("arm", "offloads", "budget", "device_expert_bytes", "graphs", "notes", "tokens")
+    }
     speeds = [row["tokens_per_s"] for row in kept]
     found |= {
         "repeats": len(kept),
@@ -110,7 +115,9 @@ def table(summary: dict[str, Any]) -> str:
     for budget, ratio in summary["over_best_peer"].items():
         if ratio is not None:
             equal = _number(ratio["equal_kernels"], ".2f")
-            lines.append(f"\nbudget {budget}: {ratio['ours']} is {ratio['ratio']:.2f} times {ratio['peer']}; run eagerly {equal}")
+            lines.append(
+                f"\nbudget {budget}: {ratio['ours']} is {ratio['ratio']:.2f} times {ratio['peer']}; run eagerly {equal}"
+            )
     lines += [f"\n{error['arm']}: {error['error']}" for error in summary["errors"]]
     return "\n".join(lines)
 
