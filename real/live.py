@@ -68,6 +68,9 @@ class CudaGraphs:
         graph.capture_end()
         return graph
 
+    def finish(self) -> None:
+        """Nothing of what was recorded ran, so there is nothing to undo."""
+
     def abort(self) -> None:
         """Stop recording after a failure."""
         graph, self._graph = self._graph, None
@@ -279,6 +282,7 @@ class LiveRun:
         try:
             self._decode()
             segments.append(self._recorder.end())
+            self._recorder.finish()
         except BaseException:
             self._recorder.abort()
             raise
