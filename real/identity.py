@@ -79,7 +79,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Configuration class and what it needs besides `COMMON`: biases, transposed and ungated experts and an odd router among them."""
 
-SYSTEMS = ("lru", "lru_per_layer", "next_gate_lrfu", "fate")
+SYSTEMS = ("lru_per_layer", "next_gate_lrfu", "fate")
 BUDGETS = (0.25, 0.5)
 NEW_TOKENS = 12
 

@@ -318,3 +318,67 @@ def combine(y: Any, weights: Any, output: Any, turn: Any) -> None:
     tokens, top_k = weights.shape
     size = output.shape[1]
     _combine[(tokens, triton.cdiv(size, 256))](y, weights, output, turn, size, top_k, 256, num_warps=1)
+
+
+@triton.jit
+def _rank(
+    scores,
+    ids,
+    turn,
+    id_words,
+    share_words,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LOGITS: tl.constexpr,
+):
+    token = tl.program_id(0)
+    tag = (tl.load(turn) + 1).to(tl.int64) << 32
+    mine = tl.arange(0, BLOCK)
+    inside = mine < E
+    score = tl.load(scores + token * E + mine, mask=inside, other=float("-inf"))
+    chosen = tl.zeros((BLOCK,), tl.int32)
+    for place in range(K):
+        chosen += (mine == tl.load(ids + token * K + place)).to(tl.int32)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, E, CHUNK):
+        others = start + tl.arange(0, CHUNK)
+        there = others < E
+        rival = tl.load(scores + token * E + others, mask=there, other=float("-inf"))
+        picked = tl.zeros((CHUNK,), tl.int32)
+        for place in range(K):
+            picked += (others == tl.load(ids + token * K + place)).to(tl.int32)
+        higher = (rival[None, :] > score[:, None]) | ((rival[None, :] == score[:, None]) & (others[None, :] < mine[:, None]))
+        before = (picked[None, :] > chosen[:, None]) | ((picked[None, :] == chosen[:, None]) & higher)
+        rank += tl.sum((before & there[None, :]).to(tl.int32), 1)
+    if LOGITS:
+        parts = tl.where(inside, tl.exp(score - tl.max(score, 0)), 0.0)
+    else:
+        parts = tl.where(inside & (score > 0.0), score, 0.0)
+    share = (parts / tl.maximum(tl.sum(parts, 0), 1.17549435e-38)).to(tl.float16).to(tl.float32)
+    wanted = inside & (rank < M)
+    tl.store(id_words + token * M + rank, tag | mine.to(tl.uint32, bitcast=True).to(tl.int64), mask=wanted)
+    tl.store(share_words + token * M + rank, tag | share.to(tl.uint32, bitcast=True).to(tl.int64), mask=wanted)
+
+
+def publish_ranking(scores: Any, ids: Any, turn: Any, words: tuple[Any, Any], ranks: int, *, are_logits: bool) -> None:
+    """Write what `traces.recorder.routers.rank` returns of `scores` [n, E] (fp32) and `ids` [n, K] into host memory.
+
+    `words` are those of ids and of shares, [n * ranks] each; shares are rounded to fp16, as in a trace.
+    """
+    tokens, experts = scores.shape
+    _rank[(tokens,)](
+        scores,
+        ids,
+        turn,
+        *words,
+        experts,
+        ids.shape[1],
+        ranks,
+        triton.next_power_of_2(experts),
+        32,
+        are_logits,
+        num_warps=2,
+    )

@@ -19,7 +19,7 @@ from real.live_model import LiveModel
 from real.readout import Readout
 from sim.fast.hooks import Observed
 from traces.errors import InputError
-from traces.recorder.routers import RouterCall, choose, logarithm, logits_in, rank
+from traces.recorder.routers import Choice, RouterCall, choose, logarithm, logits_in, rank
 
 
 class LiveDecoder:
@@ -263,14 +263,26 @@ class LiveDecoder:
                 target = index + ahead + 1
                 choice = choose(routers[target].module, self._calls[target], args[0], self.experts)
                 assert choice is not None
-                ids, shares = rank(choice.scores, choice.ids, self.ranks, are_logits=routers[0].selects_by_logits)
-                self.readout.publish(f"ranked {ahead}", ids)
-                self.readout.publish(f"scores {ahead}", shares.to(torch.float16))  # as precise as in a trace
+                self._publish_ranking(ahead, choice, are_logits=routers[0].selects_by_logits)
             if "logits" in self.needs:
                 found = logarithm(logits) if routers[index].returns_probabilities else logits
                 self.readout.publish("logits", found)
 
         return hook
+
+    def _publish_ranking(self, ahead: int, choice: Choice, *, are_logits: bool) -> None:
+        """Let the host know how a router ranks experts; shares are as precise as in a trace."""
+        readout = self.readout
+        if self._kernels and choice.ids is not None:
+            from real import kernels
+
+            words = readout.words(f"ranked {ahead}"), readout.words(f"scores {ahead}")
+            scores, ids = choice.scores.contiguous(), choice.ids.contiguous()
+            kernels.publish_ranking(scores, ids, readout.turn, words, self.ranks, are_logits=are_logits)
+            return
+        ids, shares = rank(choice.scores, choice.ids, self.ranks, are_logits=are_logits)
+        readout.publish(f"ranked {ahead}", ids)
+        readout.publish(f"scores {ahead}", shares.to(torch.float16))
 
     def _router_calls(self) -> list[RouterCall]:
         """Return what every router is called with besides the gate input. Raises InputError where that is of one pass alone."""

@@ -39,7 +39,7 @@ def _experts_forward(module: Any, hidden: Any, ids: Any, weights: Any) -> Any:
     return server(module.foregate_layer, hidden, ids, weights)
 
 
-ExpertsInterface.register(KERNEL, torch.compiler.disable(_experts_forward))
+ExpertsInterface.register(KERNEL, _experts_forward)
 
 
 class LiveModel:
@@ -91,8 +91,13 @@ class LiveModel:
 
     def fused(self, layer: int, where: str) -> dict[str, Any]:
         """Return a copy of one layer's fused experts on `where`, by name: what the module would hold."""
-        rows = slice(layer * self.experts, (layer + 1) * self.experts)
-        return {name: tensor[rows].contiguous().to(where) for name, tensor in self.tensors.items()}
+        rows = range(layer * self.experts, (layer + 1) * self.experts)
+        found = {}
+        for name, tensor in self.tensors.items():
+            found[name] = torch.empty((self.experts, *tensor.shape[1:]), dtype=tensor.dtype, device=where)
+            for place, row in enumerate(rows):  # one by one, since only whole experts are contiguous in the slab
+                found[name][place].copy_(tensor[row], non_blocking=True)
+        return found
 
     def close(self) -> None:
         """Release host memory and weights; may be called twice."""

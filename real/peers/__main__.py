@@ -55,7 +55,7 @@ def build_model(shape: str, where: str) -> LiveModel:
 def run_arm(arm: Arm, model: LiveModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
     """Open an arm, warm it up with all prompts but the last, time that, and return the row. Raises InputError."""
     new_tokens = max(int(arm.share_of_tokens * new_tokens), 3)
-    prompts = prompts if arm.share_of_tokens == 1 else prompts[-1:]
+    prompts = prompts if arm.share_of_tokens >= 0.5 else prompts[-1:]
     on_gpu = model.where != "cpu"
     free_device_memory()
     if on_gpu:
@@ -110,7 +110,7 @@ def compare(
             row["repeat"] = repeat
             rows.append(row)
             with (out / "rows.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(_finite(row)) + "\n")
             print(_line(row), flush=True)
     return rows
 
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=6.0, help="start no arm after so many minutes")
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="olmoe")
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=65)
     parser.add_argument("--skip-identity", action="store_true", help="do not check small models first")

@@ -127,6 +127,8 @@ class PerLayerLRU(Arm):
     and one copy an expert, ids read with ``.tolist()``, and, with `write_back`, the expert that leaves is copied to the host.
     """
 
+    share_of_tokens = 0.5
+
     def __init__(self, budget: float, *, write_back: bool) -> None:
         self.name = f"per-layer lru, {'write-back' if write_back else 'no write-back'}, {budget:g}"
         self.budget, self.write_back = budget, write_back
@@ -241,7 +243,9 @@ class PolicyLang(Arm):
                 yield _Managed(model, new_tokens, manager)
             finally:
                 manager.detach()
-                for layer in model.layers:
+                for layer in model.layers:  # it puts back bound methods where there were none
+                    layer.block.__dict__.pop("forward", None)
+                    layer.experts.__dict__.pop("forward", None)
                     layer.experts.__dict__.pop("_moe_policylang_ctx", None)
 
 
@@ -365,7 +369,7 @@ def all_arms(budgets: Sequence[float]) -> list[Arm]:
     for budget in budgets:
         arms += [PerLayerLRU(budget, write_back=write_back) for write_back in (True, False)]
         arms += [Ours(system, budget, graphs=True) for system in SYSTEMS]
-        arms += [Ours(system, budget, graphs=False) for system in ("lru_per_layer", "lru", "next_gate_lrfu")]
+        arms += [Ours(system, budget, graphs=False) for system in ("lru_per_layer", "next_gate_lrfu")]
     arms += [PolicyLang(budgets[0], pinned=pinned) for pinned in (False, True)]
     arms.append(Accelerate())
     return arms
