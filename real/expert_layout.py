@@ -58,16 +58,17 @@ def parameter_names(experts: Any) -> tuple[str, ...]:
 
 
 def layout_of(layers: list[MoELayer], name: str, dtype: torch.dtype | None = None) -> ExpertLayout:
-    """Return the layout that the experts of all `layers` share, in `dtype` or their own. `name` is what errors call the model.
+    """Return the layout that the experts of all `layers` share, in `dtype` or their own.
 
-    Raises InputError where layers differ, or hold other parameters than those that the interface names.
+    `name` is what errors call the model. Raises InputError where layers differ, or hold other parameters than those that the
+    interface names.
     """
     layouts = [_layout(layer, name, dtype) for layer in layers]
     for layer, found in zip(layers, layouts, strict=True):
         if found != layouts[0]:
             raise InputError(
-                f"{name}: the experts of {layer.name} have other shapes than those of {layers[0].name}; slots hold experts of "
-                "one size"
+                f"{name}: the experts of {layer.name} have other shapes than those of {layers[0].name}; slots hold experts "
+                "of one size"
             )
     return layouts[0]
 

@@ -1,7 +1,7 @@
 """Does offloading change a token? Small models of several architectures, generated with all experts resident and with few.
 
-``python -m real.identity`` on a machine with a GPU; `real.peers` does it first. Each model is saved and loaded back, so that the
-way from a checkpoint into the slab is tried too.
+``python -m real.identity`` on a machine with a GPU; `real.peers` does it first. Each model is saved and loaded back, so
+that the way from a checkpoint into the slab is tried too.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Configuration class and what it needs besides `COMMON`: biases, transposed and ungated experts and an odd router among them."""
+"""Configuration class and what it needs besides `COMMON`; biased, transposed and ungated experts are among them."""
 
 SYSTEMS = ("lru_per_layer", "next_gate_lrfu", "fate")
 BUDGETS = (0.25, 0.5)
@@ -123,7 +123,7 @@ def check_identity(architecture: str, where: str, *, graphs: bool, dtype: str = 
     ``different`` names the runs whose tokens differ from the resident model's; it has to be empty.
     """
     with saved_and_loaded(architecture, where, dtype) as live:
-        prompts = prompts_of(COMMON["vocab_size"], (23, 9, 31))  # type: ignore[arg-type]
+        prompts = prompts_of(int(COMMON["vocab_size"]), (23, 9, 31))
         everything = len(live.layers) * live.experts
 
         def run(system: str, slots: int, *, preload: bool = False) -> tuple[list[list[int]], int, list[str]]:

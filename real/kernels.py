@@ -267,7 +267,7 @@ def _combine(y, weights, output, turn, H: tl.constexpr, K: tl.constexpr, BLOCK: 
 
 
 def publish(values: Any, turn: Any, words: Any) -> None:
-    """Write `values` (contiguous) into host memory `words` (int64), each with the number of the event, ``turn + 1``, above."""
+    """Write `values` (contiguous) into host memory `words` (int64), each with the event's number, ``turn + 1``, above."""
     count = values.numel()
     _publish[(triton.cdiv(count, 256),)](values, turn, words, count, values.is_floating_point(), 256)
 
@@ -301,10 +301,10 @@ def enter(
 
 
 def project(x: Any, pool: Any, slots: Any, output: Any, *, offset: int, bias: int, transposed: bool, top_k: int) -> None:
-    """Multiply by a matrix of the expert in each entry's slot: ``output[e] = W @ x[e // top_k] + b``; slot -1 leaves it alone.
+    """Multiply by a matrix of the expert in each entry's slot: ``output[e] = W @ x[e // top_k] + b``; -1 leaves it alone.
 
-    `x` [n, C], `pool` [slots, elements of a slot], `slots` [entries] int32, `output` [entries, R]. W lies at `offset` in the slot,
-    [R, C], or [C, R] where `transposed`; b at `bias`, or is none where that is -1.
+    `x` [n, C], `pool` [slots, elements of a slot], `slots` [entries] int32, `output` [entries, R]. W lies at `offset` in the
+    slot, [R, C], or [C, R] where `transposed`; b at `bias`, or is none where that is -1.
     """
     entries, rows = output.shape
     block = (64, 64) if transposed else (8, 512)

@@ -1,8 +1,8 @@
-"""Generate with a transformers model whose experts are offloaded: ``python -m real.live --model FOLDER --prompts FILE``.
+"""Live mode: a transformers model generates while the executor serves its experts.
 
-The model's own forward drives: whenever it calls its experts, the executor serves that event, with the policies, the pump and
-the slots of a replay. With graphs, one decode pass is captured in pieces, cut at every call of the experts, and replayed with
-the host's decisions between them; the model's Python then runs for prompts only.
+The model's own forward drives: whenever it calls its experts, the executor serves that event, with the policies, the pump
+and the slots of a replay. With graphs, one decode pass is captured in pieces, cut at every call of the experts, and
+replayed with the host's decisions between them; the model's Python then runs for prompts only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -75,10 +75,8 @@ class CudaGraphs:
         """Stop recording after a failure."""
         graph, self._graph = self._graph, None
         if graph is not None:
-            try:
+            with suppress(RuntimeError):  # what was recorded is not whole, which is why this was called
                 graph.capture_end()
-            except RuntimeError:  # what was recorded is not whole, which is why this was called
-                pass
 
 
 class LiveRun:
@@ -117,9 +115,9 @@ class LiveRun:
         layers, experts = len(model.layers), model.experts
         top_k = model.top_k
         self._parts, self._slots, self._preload = parts, slots, preload
-        self._sizes = {"layers": layers, "experts": experts, "top_k": top_k}
-        self._settings = {"seed": seed, "layer_ns": layer_ns}
-        self._copies = {"chunk_bytes": chunk_bytes, "window_bytes": window_bytes}
+        self._sizes: dict[str, Any] = {"layers": layers, "experts": experts, "top_k": top_k}
+        self._settings: dict[str, Any] = {"seed": seed, "layer_ns": layer_ns}
+        self._copies: dict[str, Any] = {"chunk_bytes": chunk_bytes, "window_bytes": window_bytes}
         self.graphs, self._recorder = graphs, recorder
         """Whether decode passes are captured ones."""
         self._given, self._prove = device, prove
@@ -145,7 +143,7 @@ class LiveRun:
     # ---- requests --------------------------------------------------------------------------------------------
 
     def request(self, prompt: Sequence[int], on_decode: Callable[[], None] = lambda: None) -> Request:
-        """Generate for one prompt, greedily, and wait until the device is done; `on_decode` is called after the prompt's pass."""
+        """Generate for one prompt, greedily, until the device is done; `on_decode` is called after the prompt's pass."""
         if self._done == self._requests:
             raise InputError(f"the run was set up for {self._requests} requests; this is one more")
         if len(prompt) > self._most_prompt_tokens:
@@ -276,7 +274,8 @@ class LiveRun:
                 raise InputError("there are no graphs on a CPU")
             self._recorder = CudaGraphs()
         self.executor.finish()
-        event, segments = self.decoder.event, []
+        event = self.decoder.event
+        segments: list[Any] = []
         self._captured = segments
         self._recorder.begin()
         try:

@@ -1,8 +1,8 @@
 """The experts of a transformers model, computed by slot inside the model's own forward: a `real.executor.Decoder`.
 
-The model calls its experts; `enter` takes what the router chose, the executor decides and calls `compute`, `leave` returns the
-sum. Outputs are kept per (token, rank) and summed once, in one order, so that neither residency nor waves change a bit. Passes of
-few tokens on a GPU run on kernels that read slots from host memory; others on plain matrix products, expert by expert.
+The model calls its experts; `enter` takes what the router chose, the executor decides and calls `compute`, `leave` returns
+the sum. Outputs are kept per (token, rank) and summed once, in one order, so that neither residency nor waves change a bit.
+Passes of few tokens on a GPU run on kernels that read slots from host memory; others on plain products, expert by expert.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class LiveDecoder:
         self._small = False
         self._held: list[tuple[Any, Any, Any]] = [(None, None, None)] * self.layers
         """By layer of the pass that ran or was captured last: hidden states [n, H], weights [n, K], outputs [n * K, H]."""
+        self._listed, self._listed_event = 0, -1
+        """Entries of the event that were listed for plain products, and which event that is."""
         if self._kernels:
             self._prepare_kernels(most_tokens)
 
@@ -99,7 +101,7 @@ class LiveDecoder:
         k = self.top_k
         if ids.shape[1] != k:
             raise InputError(
-                f"{self.model.name}: {self.model.layers[layer].name} is given {ids.shape[1]} experts a token, another layer {k}"
+                f"{self.model.name}: {self.model.layers[layer].name} gets {ids.shape[1]} experts a token, another layer {k}"
             )
         hidden = hidden.reshape(-1, hidden.shape[-1])
         count = len(hidden)
@@ -285,7 +287,7 @@ class LiveDecoder:
         readout.publish(f"scores {ahead}", shares.to(torch.float16))
 
     def _router_calls(self) -> list[RouterCall]:
-        """Return what every router is called with besides the gate input. Raises InputError where that is of one pass alone."""
+        """Return what every router is called with besides the gate input. Raises InputError where that is the pass's own."""
         assert self._routers is not None
         calls: dict[int, RouterCall] = {}
 
@@ -307,8 +309,8 @@ class LiveDecoder:
             for value in (*call.extra, *(call.keywords or {}).values()):
                 if isinstance(value, torch.Tensor) and id(value) not in lasting:
                     raise InputError(
-                        f"{self.model.name}: the router of {self.model.layers[index].name} is given values of the pass itself, "
-                        "so it cannot be asked a layer before; choose a system without the cross-layer gate"
+                        f"{self.model.name}: the router of {self.model.layers[index].name} is given values of the pass "
+                        "itself, so it cannot be asked a layer before; choose a system without the cross-layer gate"
                     )
         return [calls[index] for index in range(self.layers)]
 
@@ -374,8 +376,6 @@ class LiveDecoder:
         self._list_tensor = shared(most_tokens * k)
         self._list = self._list_tensor.numpy()
         self._list_on_device = zeros(most_tokens * k, dtype=torch.int64)
-        self._listed = 0
-        self._listed_event = -1
         self._parts: dict[tuple[int, int], Any] = {}
         self._fused = _is_plain_silu(self.modules[0]) and self.layout.offsets[1] == 2 * self._width * self._size
 

@@ -1,7 +1,7 @@
 """A transformers model whose experts lie in host memory and were never anywhere else; all its other weights are on a device.
 
-Loading is transformers' own, conversions of published checkpoints included: whatever it is about to put into an experts module
-goes into the slab instead, layer by layer. The one hook into the model is the experts interface.
+Loading is transformers' own, conversions of published checkpoints included: whatever it is about to put into an experts
+module goes into the slab instead, layer by layer. The one hook into the model is the experts interface.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LiveModel:
         """[keys, *shape] every expert tensor in host memory, by name."""
         self._findings: dict[bool, Findings] = {}
         for index, layer in enumerate(layers):
-            layer.experts.foregate_layer = index  # type: ignore[assignment]
+            layer.experts.foregate_layer = index
 
     @property
     def top_k(self) -> int:
@@ -81,12 +81,12 @@ class LiveModel:
         before = self.model.config._experts_implementation
         self.model.set_experts_implementation(KERNEL)
         for layer in self.layers:
-            layer.experts.foregate_server = server  # type: ignore[assignment]
+            layer.experts.foregate_server = server
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.experts.foregate_server = None  # type: ignore[assignment]
+                layer.experts.foregate_server = None
             self.model.set_experts_implementation(before)
 
     def fused(self, layer: int, where: str) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class _Taker:
 
         before = {cls: (cls.__dict__.get("__init__"), cls.__dict__.get("__setattr__")) for cls in classes}
         for cls in classes:
-            cls.__init__, cls.__setattr__ = patched(cls)  # type: ignore[misc,method-assign,assignment]
+            cls.__init__, cls.__setattr__ = patched(cls)  # type: ignore[misc,method-assign]
         try:
             yield
         finally:
@@ -253,7 +253,7 @@ def _let_go(layers: Sequence[MoELayer]) -> None:
     for layer in layers:
         for name in list(layer.experts._parameters):
             layer.experts._parameters[name] = None
-        layer.experts._is_hf_initialized = True  # type: ignore[assignment]
+        layer.experts._is_hf_initialized = True
 
 
 def _slab(experts: int, expert_bytes: int, where: str) -> HostSlab:

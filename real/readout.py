@@ -1,6 +1,6 @@
-"""What the host learns of a router: whole numbers and fractions that the device writes into host memory, without the copy engine.
+"""What the host learns of a router: numbers that the device writes into host memory, without the copy engine.
 
-Every word has the number of its event in the upper half, so that it is either old or whole, whatever order the stores arrive in.
+Every word has the number of its event in the upper half: it is either old or whole, in whatever order the stores arrive.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LOWER = 0xFFFFFFFF
 
 
 class Readout:
-    """Room for `words` numbers of one event at a time; `kernels` says whether Triton kernels write them, or torch on a CPU."""
+    """Room for `words` numbers of one event at a time, written by Triton kernels if `kernels` says so, else by torch."""
 
     def __init__(self, words: int, device: Device, where: str, *, kernels: bool) -> None:
         self._device, self._kernels = device, kernels
@@ -31,7 +31,7 @@ class Readout:
         self._end = 0
 
     def expect(self, event: int, sizes: dict[str, int]) -> None:
-        """Say how many numbers of each name come with `event`, counted from 0; they are written in the order of the names."""
+        """Say how many numbers of each name come with `event`, counted from 0; they lie in the order of the names."""
         self._tag = event + 1
         self._end = 0
         self._places = {}

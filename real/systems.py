@@ -17,9 +17,12 @@ FLAGS = ("drop_unused_prefetches", "reupload_after_use")
 def read_system(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return a system as a cell holds it: ``name``, `FLAGS`, and by axis a policy's YAML.
 
-    `overrides` swap an axis (``eviction=lru``) or set a value (``prefetch.depth=2``). Raises InputError for what is not there.
+    `overrides` swap an axis (``eviction=lru``) or set a value (``prefetch.depth=2``). Raises InputError for what is not
+    there.
     """
     base, own = _file("", "simulate"), _file("system", name)
+    if own.get("free_link"):
+        raise InputError(f"system '{name}' needs a link that takes no time, which no machine has")
     chosen = {**_axes(base["defaults"]), **_axes(own.get("defaults", ()))}
     swapped = dict(override.split("=", 1) for override in overrides if override.partition("=")[0] in AXES)
     parts: dict[str, Any] = {axis: _file(axis, (chosen | swapped)[axis]) for axis in AXES}

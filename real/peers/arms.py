@@ -1,7 +1,7 @@
 """The arms of a comparison: each opens on a model with its experts in host memory, generates, and leaves nothing behind.
 
-All arms run the same non-expert weights through the same loop; they differ in where experts are and in what computes them. An arm
-that a package is needed for raises InputError where it is not installed.
+All arms run the same non-expert weights through the same loop; they differ in where experts are and in what computes them.
+An arm that needs a package raises InputError where it is not installed.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ class Accelerate(Arm):
 
 
 class PerLayerLRU(Arm):
-    """What early offloading code does: an LRU of each layer's experts, loaded one by one on the compute stream, an eager loop.
+    """What early offloading code does: an LRU for each layer, loads one by one on the compute stream, an eager loop.
 
-    After the style of mixtral-offloading (arXiv 2312.17238, github.com/dvmazur/mixtral-offloading at ce54518): one pinned block
-    and one copy an expert, ids read with ``.tolist()``, and, with `write_back`, the expert that leaves is copied to the host.
+    After the style of mixtral-offloading (arXiv 2312.17238, github.com/dvmazur/mixtral-offloading at ce54518): one pinned
+    block and one copy an expert, ids read with ``.tolist()``; with `write_back`, who leaves is copied to the host.
     """
 
     share_of_tokens = 0.5
@@ -213,7 +213,7 @@ class _Cache(_Loop):
 
 
 class PolicyLang(Arm):
-    """moe-policylang 1.15.0's LRU (MIT, from PyPI), as it is shipped or with the memory that it copies from registered by us.
+    """moe-policylang 1.15.0's LRU (MIT, from PyPI), as it is shipped, or copying from memory that we registered.
 
     Its cache is keyed by the expert without the layer, so its hit rate is not that of an LRU of as many experts.
     """

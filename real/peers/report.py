@@ -11,8 +11,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return ``arms`` (medians over the repeats but the first), ``over_best_peer``, ``of_bound`` and ``errors``.
 
     ``over_best_peer`` is by budget the best of ours over the best other arm that offloads at that budget or, like
-    accelerate's, at none; ``equal_kernels`` the same with ours run eagerly. ``of_bound`` is tokens/s times the larger of C, a
-    step of ours with everything resident in the same way, and X, the link's time for the bytes that a token moved.
+    accelerate's, at none; ``equal_kernels`` the same with ours run eagerly. ``of_bound`` is tokens/s times the larger of C,
+    a step of ours with everything resident in the same way, and X, the link's time for the bytes that a token moved.
     """
     measured = [row for row in rows if "error" not in row]
     names = list(dict.fromkeys(row["arm"] for row in measured))
@@ -107,8 +107,8 @@ def table(summary: dict[str, Any]) -> str:
         own = arm["equals_resident_same_kernel"]
         same = arm["equals_resident_eager"] if own is None else own
         lines.append(
-            f"| {arm['arm']} | {arm['tokens_per_s']:.1f} | {arm['least_tokens_per_s']:.1f} to {arm['most_tokens_per_s']:.1f} | "
-            f"{_number(arm.get('hit_rate'), '.3f')} | {_number(arm.get('bytes_h2d_per_token'), '.0f', 1e-6)} | "
+            f"| {arm['arm']} | {arm['tokens_per_s']:.1f} | {arm['least_tokens_per_s']:.1f} to {arm['most_tokens_per_s']:.1f} "
+            f"| {_number(arm.get('hit_rate'), '.3f')} | {_number(arm.get('bytes_h2d_per_token'), '.0f', 1e-6)} | "
             f"{arm['peak_device_bytes'] / 1e9:.1f} | {'' if same is None else 'yes' if same else 'no'} | "
             f"{_number(arm.get('of_bound'), '.0%')} |"
         )
