@@ -20,7 +20,8 @@ from real.live_model import LiveModel, load_model
 from real.systems import composition, read_system
 from sim.budget import parse_budget, slots_within
 from traces.errors import InputError
-from traces.recorder.loading import load_encoder
+from traces.recorder.generation import check_lengths
+from traces.recorder.loading import check_folder, load_encoder
 from traces.recorder.prompts import read_prompts, tokenize
 
 Say = Callable[[int, int, str], None]
@@ -54,13 +55,14 @@ def generate(
             "there is no GPU that torch can use; device=cpu runs the same code on a stand-in, which times nothing"
         )
     parse_budget(budget)
+    check_folder(path)
     check_needs(parts)
     entries = read_prompts(Path(prompts))
     encode = load_encoder(path)
     tokens = tokenize(entries, encode)
     model = load_model(path, where, dtype)
     try:
-        _check_tokens(model, tokens, [entry.place for entry in entries], new_tokens)
+        check_lengths(model.model, model.name, tokens, [entry.place for entry in entries], new_tokens)
         everything = len(model.layers) * model.experts
         slots = slots_within(budget, everything, model.layout.expert_bytes)
         settings = {"new_tokens": new_tokens, "graphs": graphs, "seed": seed}
@@ -121,12 +123,6 @@ def _run(
         "host_per_layer_ns": parts_ns,
         "notes": notes,
     }
-
-
-def _check_tokens(model: LiveModel, prompts: Sequence[Sequence[int]], places: Sequence[str], new_tokens: int) -> None:
-    from traces.recorder.generation import check_lengths
-
-    check_lengths(model.model, model.name, prompts, places, new_tokens)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -187,10 +187,10 @@ class _Taker:
                 self.modules.append(module)
 
             def set_attribute(module: Any, name: str, value: Any) -> None:
-                if isinstance(value, torch.nn.Parameter) and value.device.type != "meta":
-                    self._take(module, name, value.detach())
-                else:
+                if not isinstance(value, torch.nn.Parameter) or value.device.type == "meta":
                     put(module, name, value)
+                elif getattr(value, "_is_hf_initialized", False):  # else it stands for what the checkpoint lacks
+                    self._take(module, name, value.detach())
 
             return init, set_attribute
 

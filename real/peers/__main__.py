@@ -1,8 +1,8 @@
 """Run every arm on one model, repeats interleaved: ``python -m real.peers --out DIR --minutes 6``.
 
 First the identity checks of `real.identity`. Then, repeat by repeat, every arm generates for a prompt that warms it up and
-one that is timed; the first repeat is dropped. Every row is written as soon as it is there, ``summary.json`` in the end, also
-when time is up.
+one that is timed; the first repeat is dropped. Every row is written as soon as it is there, ``summary.json`` in the end,
+also when time is up.
 """
 
 from __future__ import annotations

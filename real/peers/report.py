@@ -106,12 +106,17 @@ def table(summary: dict[str, Any]) -> str:
     for arm in summary["arms"]:
         own = arm["equals_resident_same_kernel"]
         same = arm["equals_resident_eager"] if own is None else own
-        lines.append(
-            f"| {arm['arm']} | {arm['tokens_per_s']:.1f} | {arm['least_tokens_per_s']:.1f} to {arm['most_tokens_per_s']:.1f} "
-            f"| {_number(arm.get('hit_rate'), '.3f')} | {_number(arm.get('bytes_h2d_per_token'), '.0f', 1e-6)} | "
-            f"{arm['peak_device_bytes'] / 1e9:.1f} | {'' if same is None else 'yes' if same else 'no'} | "
-            f"{_number(arm.get('of_bound'), '.0%')} |"
+        cells = (
+            arm["arm"],
+            _number(arm["tokens_per_s"], ".1f"),
+            f"{arm['least_tokens_per_s']:.1f} to {arm['most_tokens_per_s']:.1f}",
+            _number(arm.get("hit_rate"), ".3f"),
+            _number(arm.get("bytes_h2d_per_token"), ".0f", 1e-6),
+            _number(arm["peak_device_bytes"], ".1f", 1e-9),
+            {None: "", True: "yes", False: "no"}[same],
+            _number(arm.get("of_bound"), ".0%"),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     for budget, ratio in summary["over_best_peer"].items():
         if ratio is not None:
             equal = _number(ratio["equal_kernels"], ".2f")
