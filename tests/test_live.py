@@ -27,6 +27,7 @@ from real.slab import HostSlab
 from real.standin import StandIn
 from real.systems import FLAGS, composition, read_system
 from sim.budget import slots_within
+from sim.cli import main as foregate
 from sim.config import compose_config, options
 from sim.conformance import costs_for
 from sim.reference import run_reference
@@ -355,3 +356,22 @@ def test_prompt_lengths_and_requests_are_those_that_were_announced(olmoe):
         generate(olmoe, slots=8, most_prompt_tokens=4)
     with pytest.raises(InputError, match="set up for 1 requests"):
         generate(olmoe, slots=8, requests=1)
+
+
+def test_the_verb_composes_the_system_and_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    tiny_model("olmoe").save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"token_ids": PROMPTS[1]}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", f"model={tmp_path / 'model'}", f"prompts={prompts}", "device=cpu", "new_tokens=3"]
+    assert foregate([*words, "system=next_gate_lrfu", "check=true", "budget=0.5"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["system"], result["slots"]) == ("next_gate_lrfu", 16)
+    for change, sentence in (
+        ("system=belady", "needs to know what the router will choose"),
+        ("system=infinite_bandwidth", "needs a link that takes no time"),
+        ("device=gpu", "device is 'gpu': it must be auto, cuda or cpu"),
+        ("graphs=maybe", "graphs is 'maybe': it must be true or false"),
+    ):
+        assert foregate([*words, change]) == 2
+        assert sentence in capsys.readouterr().err

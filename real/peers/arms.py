@@ -110,10 +110,11 @@ class Accelerate(Arm):
         hooks = _package("accelerate.hooks")
         accelerate = _package("accelerate")
         modules = [layer.experts for layer in model.layers]
+        device = torch.device("cpu" if model.where == "cpu" else "cuda:0")
         with _with_experts(model, "grouped_mm", lambda layer: model.fused(layer, "cpu")):
             try:
                 for module in modules:
-                    accelerate.cpu_offload(module, execution_device=torch.device(model.where))
+                    accelerate.cpu_offload(module, execution_device=device)
                 yield _Loop(model, new_tokens)
             finally:
                 for module in modules:
