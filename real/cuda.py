@@ -1,4 +1,4 @@
-"""An NVIDIA GPU as the executor's device: torch's streams; copies and events by the driver's own calls, which are quicker."""
+"""An NVIDIA GPU as the executor's device: torch's streams; copies and events by the driver's own, quicker calls."""
 
 from __future__ import annotations
 
@@ -99,6 +99,11 @@ class Cuda(Device):
 
     def _synchronize(self, stream: int, ticket: int) -> None:
         _check(self._driver.cuEventSynchronize(self._ring[stream][ticket % RING]))
+
+
+def copy_on(stream: int, target: int, source: int, size: int) -> None:
+    """Copy `size` bytes of registered host memory to the device on the stream of that handle. Raises InputError."""
+    _check(_driver().cuMemcpyHtoDAsync_v2(target, source, size, stream))
 
 
 def register(address: int, size: int) -> None:

@@ -173,7 +173,7 @@ class ReplayDecoder:
                 graph.capture_end()
                 self._graphs[place] = graph
         torch.cuda.synchronize()
-        self._reset()
+        self.restart()
 
     # ---- what the executor calls -----------------------------------------------------------------------------
 
@@ -360,10 +360,12 @@ class ReplayDecoder:
         """Whether a step is small and has one token of each request."""
         return self.inputs.tokens[step] <= GRAPH_TOKENS and len(self.inputs.segments[step]) == self.inputs.tokens[step]
 
-    def _reset(self) -> None:
-        """Forget what trying the parts out has left."""
+    def restart(self) -> None:
+        """Forget all steps, or what trying the parts out has left; the next step is the first."""
         self._step.fill_(-1)
-        self._turn.zero_()
+        if self._kernels:
+            self._turn.zero_()
+            self._turns = 0
         self._words_tensor.zero_()
         for used in (self._keys, self._values, self._y, self._gate, self.chosen, self.checksums):
             used.zero_()

@@ -199,7 +199,8 @@ def first_steps(workload: Workload, count: int) -> Workload:
 def cell_costs(cell: Mapping[str, Any], hardware: Hardware, workload: Workload) -> Costs:
     """Return what the cell's decoder costs on `hardware`, in copies of the cell's size."""
     machine = replace(hardware, chunk_bytes=cell["chunk_bytes"])
-    return make_costs(machine, decoder_spec(cell["model"]), np.diff(workload.offsets), workload.context)
+    spec = replace(decoder_spec(cell["model"]), name=workload.trace.model.name)  # whose times may have been measured
+    return make_costs(machine, spec, np.diff(workload.offsets), workload.context)
 
 
 def decoder_spec(shape: Mapping[str, int]) -> ModelSpec:

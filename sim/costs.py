@@ -58,6 +58,8 @@ class Costs(NamedTuple):
     """[chunks + 1] link time of the last n chunks of an expert as a demand, in one copy; empty: chunk by chunk."""
     committed_chunks: int = 0
     """Chunks that a prefetch moves before it gives way to a demand, besides the one that is moving."""
+    beside_ns: int = 0
+    """By how much longer attention, or a group of experts, takes beside a link that is busy when it starts."""
 
 
 def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints, precision: str = "bf16") -> Costs:
@@ -115,6 +117,7 @@ def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints
         group_ns=group_ns,
         demand_ns=(0, *(along(train, expert_bytes - (chunks - left) * chunk_bytes) for left in range(1, chunks + 1))),
         committed_chunks=hardware.committed_chunks,
+        beside_ns=hardware.beside_ns,
     )
 
 

@@ -30,6 +30,7 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
         "expert_launch_ns": ("ns", _FROM_ZERO),
         "layer_launch_ns": ("ns", _FROM_ZERO),
         "step_launch_ns": ("ns", _FROM_ZERO),
+        "beside_ns": ("ns", _FROM_ZERO),
     },
     "host": {
         "readout_ns": ("ns", _FROM_ZERO),
@@ -48,7 +49,7 @@ _MODEL_LAYOUT: Mapping[str, tuple[str, int]] = {
     "step_ns": ("ns", _POSITIVE),
 }
 
-OPTIONAL = ("link.h2d_train", "link.committed_chunks", "host.step_readout_ns")
+OPTIONAL = ("link.h2d_train", "link.committed_chunks", "compute.beside_ns", "host.step_readout_ns")
 """Constants that a profile may lack; the memory model then lacks the term."""
 
 Curve = tuple[tuple[int, int], ...]
@@ -123,6 +124,8 @@ class Hardware:
     """From the end of a step on the device until the host goes on; None where the host does not wait for that end."""
     committed_chunks: int = 0
     """Chunks that are given to the copy engine ahead of the one that is moving, and cannot be called back."""
+    beside_ns: int = 0
+    """By how much longer attention, or a group of experts, takes while the link is busy."""
     models: Mapping[str, ModelTimes] = field(default_factory=dict)
     """Times of models that were measured themselves; for others they follow from bytes and flops."""
     constants: tuple[Constant, ...] = ()
@@ -191,6 +194,7 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         h2d_train=curve("link.h2d_train") if "link.h2d_train" in constants else None,
         step_readout_ns=number("host.step_readout_ns") if "host.step_readout_ns" in constants else None,
         committed_chunks=number("link.committed_chunks") if "link.committed_chunks" in constants else 0,
+        beside_ns=number("compute.beside_ns") if "compute.beside_ns" in constants else 0,
         models={
             model: ModelTimes(
                 curve(f"models.{model}.attention"),

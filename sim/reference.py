@@ -91,10 +91,15 @@ class _Engine:
         for step, (attention_ns, step_ns) in enumerate(steps):
             for layer in range(self.events.layers):
                 # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
-                issued = host + costs.host_gate_ns
-                gate_end = max(max(compute, host) + attention_ns, issued)
-                self.computed += attention_ns
-                self.host_idle += gate_end - compute - attention_ns
+                starts, issued = max(compute, host), host + costs.host_gate_ns
+                takes_ns = attention_ns
+                if costs.beside_ns:
+                    yield env.timeout(starts - env.now)
+                    if self.link.moving is not None:
+                        takes_ns += costs.beside_ns
+                gate_end = max(starts + takes_ns, issued)
+                self.computed += takes_ns
+                self.host_idle += gate_end - compute - takes_ns
                 yield env.timeout(gate_end + costs.readout_ns - env.now)
 
                 host = env.now + costs.host_experts_ns
@@ -125,7 +130,7 @@ class _Engine:
         first = min(len(absent), slots - len(present) - len(awaited))
         waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
 
-        compute = issued
+        compute, beside_ns = issued, self.costs.beside_ns
         self.host_idle += issued - gate_end
         for number, absent in enumerate(waves):
             wave = absent if number else present + awaited + absent
@@ -136,6 +141,9 @@ class _Engine:
                 if present:
                     compute += self.costs.group_ns + sum(takes[key] for key in present)
             self.link.go()
+            if number == 0 and present and (awaited or absent or self.link.moving is not None):
+                compute += beside_ns
+                self.computed += beside_ns
             if self.outstanding:
                 self.all_landed = self.env.event()
                 yield self.all_landed
@@ -143,7 +151,11 @@ class _Engine:
                 if landed > compute:
                     self.waited += landed - compute
                     compute = landed
-                compute += self.costs.group_ns + takes[key]
+                compute += self.costs.group_ns + takes[key] + beside_ns
+                self.computed += beside_ns
+            if self.arrivals and self.link.moving is None:  # nothing moves beside the last one
+                compute -= beside_ns
+                self.computed -= beside_ns
             if number + 1 < len(waves):
                 yield self.env.timeout(max(0, compute - self.env.now))
                 self.residency.hold(wave, FREE)

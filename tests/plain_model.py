@@ -160,6 +160,10 @@ class PlainModel:
                 break
         self.time = max(self.time, until)
 
+    def finish_what_takes_no_time(self):
+        while self.moving and self.chunk_start == self.chunk_end == self.time:
+            self.chunk_ends()
+
     # ---- events
 
     def end_event(self):
@@ -230,8 +234,13 @@ class PlainModel:
             computed = waited = hits = lates = misses = 0
             before = compute
             for _ in range(self.layers):
-                gate_end = max(max(compute, host) + attention, host + costs.host_gate_ns)
-                computed += attention
+                starts = max(compute, host)
+                if costs.beside_ns:
+                    self.go_on(starts)
+                    self.finish_what_takes_no_time()
+                longer = costs.beside_ns if self.moving else 0
+                gate_end = max(starts + attention + longer, host + costs.host_gate_ns)
+                computed += attention + longer
                 self.go_on(gate_end + costs.readout_ns)
                 if self.ending:
                     self.end_event()
@@ -260,12 +269,18 @@ class PlainModel:
                         computed += together
                     self.committed = costs.committed_chunks  # what the copy engine has besides when it is asked to give way
                     self.serve()
+                    if number == 0 and present and self.moving:
+                        compute += costs.beside_ns
+                        computed += costs.beside_ns
                     while self.awaited:
                         self.chunk_ends()
-                    for landed, key in self.arrivals:
+                    self.finish_what_takes_no_time()
+                    for place, (landed, key) in enumerate(self.arrivals):
+                        alone = place + 1 == len(self.arrivals) and not self.moving
+                        spent = costs.group_ns + takes[union[key]] + (0 if alone else costs.beside_ns)
                         waited += max(0, landed - compute)
-                        compute = max(compute, landed) + costs.group_ns + takes[union[key]]
-                        computed += costs.group_ns + takes[union[key]]
+                        compute = max(compute, landed) + spent
+                        computed += spent
                 self.ending = compute, waves[-1], self.event
                 if self.reupload:
                     self.go_on(compute)

@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_a_profile_is_refused_before_anything_is_measured(
 def no_gpu(monkeypatch):
     monkeypatch.setattr(calibration, "measure_host", lambda folder: HOST)
     sentence = "there is no GPU that torch can use: the constants of GPU and link stay the base's"
-    monkeypatch.setattr(calibration, "_gpu", lambda say: (None, (sentence,)))
+    monkeypatch.setattr(calibration, "_gpu", lambda say: (None, {}, (sentence,)))
     return sentence
 
 

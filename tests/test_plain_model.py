@@ -125,6 +125,7 @@ class Case:
             group_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 900)),
             demand_ns=() if rng.random() < 0.4 or chunk == 0 else (0, *np.cumsum(rng.integers(100, 8000, chunks)).tolist()),
             committed_chunks=int(rng.integers(0, 3)),
+            beside_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 900)),
         )
         if rng.random() < 0.3:  # round numbers, so that much happens at the same instant
             timed = {name: value for name, value in costs._asdict().items() if name.endswith("_ns")}

@@ -22,7 +22,7 @@ RUN = np.dtype(
             # costs, as in sim.costs.Costs
             *("host_gate_ns", "host_experts_ns", "host_step_ns", "readout_ns"),
             *("chunks", "chunk_ns", "last_chunk_ns", "expert_bytes", "chunk_bytes", "link_start_ns", "step_readout_ns"),
-            *("group_ns", "committed_chunks"),
+            *("group_ns", "committed_chunks", "beside_ns"),
             # shape and system
             *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
             # clocks; `row` is the running event's in COMING, `first_key` its layer's
