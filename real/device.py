@@ -80,6 +80,9 @@ class Device(ABC):
     def idle(self) -> None:  # noqa: B027  # a GPU works on its own
         """Let the device work while the host looks out for what a kernel is to write."""
 
+    def settle(self) -> None:  # noqa: B027
+        """Let whatever torch is asked from now on come after all that the compute stream was given: on a GPU it does."""
+
     @abstractmethod
     def copy(self, target: int, source: int, size: int) -> None:
         """Submit a copy of `size` bytes from host memory to device memory to the copy stream; both are addresses."""

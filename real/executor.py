@@ -166,22 +166,38 @@ class Executor:
     def run(self, steps: range | None = None) -> None:
         """Run `steps`, which follow those run before (all by default), and wait until the device is done."""
         for step in steps if steps is not None else range(self.shape.steps):
-            self.timeline.begin_step(step)
-            self.decoder.begin_step(step)
+            self.begin_step(step)
             for layer in range(self.shape.layers):
                 self.timeline.begin_layer(step, layer)
                 self.decoder.route(step, layer)
-                self.timeline.gate_issued()
-                self.decoder.shared(step, layer)
-                self.timeline.shared_issued()
-                self._feed()
-                routed = self._await_routed(step, layer)
-                self.timeline.routed()
-                self._serve_event(step, layer, routed)
-                self.timeline.experts_issued()
-                self._feed()
-            self.decoder.end_step(step)
-            self.timeline.end_step(step)
+                self.serve(step, layer)
+            self.end_step(step)
+        self.finish()
+
+    def begin_step(self, step: int) -> None:
+        """Begin a step; whoever drives the executor without `run` then serves every layer and ends the step."""
+        self.timeline.begin_step(step)
+        self.decoder.begin_step(step)
+
+    def serve(self, step: int, layer: int) -> None:
+        """Serve one event, whose gate was just submitted: wait for its result, decide, load, and submit the experts."""
+        self.timeline.gate_issued()
+        self.decoder.shared(step, layer)
+        self.timeline.shared_issued()
+        self._feed()
+        routed = self._await_routed(step, layer)
+        self.timeline.routed()
+        self._serve_event(step, layer, routed)
+        self.timeline.experts_issued()
+        self._feed()
+
+    def end_step(self, step: int) -> None:
+        """End a step, all of whose layers were served."""
+        self.decoder.end_step(step)
+        self.timeline.end_step(step)
+
+    def finish(self) -> None:
+        """Wait until the device is done."""
         self.device.drain()
         self.link.poll()
 

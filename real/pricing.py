@@ -194,10 +194,11 @@ class _Pricing:
                 started = True
                 link.start(following, at, step)
                 following = next(starts)
-            if arrived:
-                longer = -1 if link.free <= landed else 0  # nothing moves beside the last one
-            else:
-                longer = 1 if present and (started or link.free > at) else 0
+            longer = 0
+            if arrived and link.free <= landed:
+                longer = -1  # nothing moves beside the last one
+            elif not arrived and present and (started or link.free > at):
+                longer = 1
             compute += longer * self.costs.beside_ns
             self.computed += longer * self.costs.beside_ns
             while following is not None and following.what != "load":

@@ -153,7 +153,7 @@ def run_cell(cell: Cell, model: Model, device: Device | None = None) -> Measured
     if total > len(workload.decode):
         raise InputError(f"cell '{cell.name}' asks for {total} steps, but its workload has {len(workload.decode)}")
     free_device_memory()  # what an exception of an earlier cell still held
-    with _device_errors(cell), _opened(device, model.where, cell) as opened:
+    with device_errors(f"cell '{cell.name}'"), _opened(device, model.where, cell) as opened:
         return _measure(cell, model, workload, opened)
 
 
@@ -185,9 +185,9 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     shape, where = model.shape, model.where
     total = cell.warmup + cell.steps + cell.marked
     slots = int(build_cell_system(cell, workload).setting.capacity.sum())
-    _check_room(slots * model.slab.slot_bytes, where)
+    check_room(slots * model.slab.slot_bytes, where)
     pool = SlotPool(shape, slots, where)
-    link_rate = _link_rate(device, model, pool) if where != "cpu" else float("nan")
+    rate = link_rate(device, model.slab, pool.address, slots) if where != "cpu" else float("nan")
     decoder = ReplayDecoder(shape, model.weights, replay_inputs(workload, total), pool, device, where, cell.seed)
     with undisturbed():  # which could free what a capture must not see freed
         decoder.capture()
@@ -231,7 +231,7 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
         executor.run(range(timed.stop, total))
     row = {
         **_identity(cell, slots, where),
-        **_times(cell, timeline, link_rate, others),
+        **_times(cell, timeline, rate, others),
         **_counts(executor),
         "decisions_digest": digest(log),
         "outputs_digest": hashlib.sha256(decoder.checksums.cpu().numpy().tobytes()).hexdigest(),
@@ -263,7 +263,7 @@ def _identity(cell: Cell, slots: int, where: str) -> dict[str, Any]:
     }
 
 
-def _times(cell: Cell, timeline: Timeline, link_rate: float, others: list[Any]) -> dict[str, Any]:
+def _times(cell: Cell, timeline: Timeline, rate: float, others: list[Any]) -> dict[str, Any]:
     """Return times, ns: of the timed steps by the host's clock, of the marked ones by the device's.
 
     `others` are the timed steps of the other passes.
@@ -277,14 +277,14 @@ def _times(cell: Cell, timeline: Timeline, link_rate: float, others: list[Any]) 
         "step_ns_median": float(np.median(step_ns)) if len(step_ns) else float("nan"),
         "step_ns_mean": float(step_ns.mean()) if len(step_ns) else float("nan"),
         "host_per_layer_ns": timeline.host_parts(timed),
-        "link_bytes_per_s": link_rate,
+        "link_bytes_per_s": rate,
     }
     marked = timeline.device_times()
     if marked is not None:
         found["marked_ns"] = {
             name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in marked._asdict().items()
         }
-        found["copy_efficiency"] = marked.burst_bytes_per_s / link_rate
+        found["copy_efficiency"] = marked.burst_bytes_per_s / rate
     return found
 
 
@@ -293,16 +293,16 @@ def _counts(executor: Executor) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in counts.items()}
 
 
-def _link_rate(device: Device, model: Model, pool: SlotPool) -> float:
-    """Return bytes/s of back-to-back copies of single experts into a pool that holds nothing yet."""
+def link_rate(device: Device, slab: HostSlab, address: int, slots: int) -> float:
+    """Return bytes/s of back-to-back copies of single experts into `slots` slots at `address`, which hold nothing yet."""
     device.drain()
-    copies, size, blocks = 96, model.shape.expert_bytes, len(model.slab.blocks)
+    copies, size, blocks = 96, slab.expert_bytes, len(slab.blocks)
     rate = 0.0
     for _ in range(3):  # the first train wakes the link up
         start = device.mark(COPY)
         for number in range(copies):
-            target = pool.address + number % len(pool.bytes) * pool.slot_bytes
-            device.copy(target, model.slab.address + number * 7 % blocks * pool.slot_bytes, size)
+            target = address + number % slots * slab.slot_bytes
+            device.copy(target, slab.address + number * 7 % blocks * slab.slot_bytes, size)
         end = device.mark(COPY)
         device.drain()
         rate = max(rate, copies * size / (device.mark_ns(end) - device.mark_ns(start)) * 1e9)
@@ -332,16 +332,16 @@ def _opened(device: Device | None, where: str, cell: Cell) -> Iterator[Device]:
 
 
 @contextmanager
-def _device_errors(cell: Cell) -> Iterator[None]:
-    """Say in one sentence what torch and the driver say in many; wait for the device and free what the cell had."""
+def device_errors(what: str) -> Iterator[None]:
+    """Say in one sentence what torch and the driver say in many; wait for the device and free what `what` had."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"cell '{cell.name}': the GPU's memory does not suffice: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{what}: the GPU's memory does not suffice: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
         if "CUDA" not in str(error) and "cuda" not in str(error):
             raise
-        raise InputError(f"cell '{cell.name}': the GPU failed: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{what}: the GPU failed: {str(error).splitlines()[0]}") from error
     finally:
         with suppress(RuntimeError):  # of a device that is lost, which was said already
             free_device_memory()
@@ -355,7 +355,7 @@ def free_device_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _check_room(size: int, where: str) -> None:
+def check_room(size: int, where: str) -> None:
     """Raise InputError where the GPU has not `size` bytes for the slots."""
     if where == "cpu":
         return
@@ -394,7 +394,7 @@ def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> in
                     if model is not None:
                         model.close()
                         model = None
-                    with _device_errors(cell):
+                    with device_errors(f"cell '{cell.name}'"):
                         model = Model(cell.shape, where)
                 measured = run_cell(cell, model)
                 write_result(out, cell, measured)

@@ -55,6 +55,11 @@ class StandIn(Device):
         if self._queue[COMPUTE]:
             self._step(COMPUTE)
 
+    def settle(self) -> None:
+        """Run the compute stream to its end, and of the copy stream what that has to wait for."""
+        while self._queue[COMPUTE]:
+            self._step(COMPUTE)
+
     def copy(self, target: int, source: int, size: int) -> None:
         """Queue a copy between two addresses."""
         self.submit(COPY, lambda: _move(target, source, size))

@@ -31,16 +31,18 @@ from sim.config import (
     quoted,
     readable,
 )
-from sim.experiment import simulate, trace_path, trace_tokens
+from sim.experiment import composition_of, simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
 from traces.errors import InputError, nearest
+from traces.recorder.loading import require_packages
 
 USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
   trace record            a real model's routing, as it generates (needs torch and transformers)
+  generate                a real model with its experts offloaded (needs torch and transformers)
   validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
   calibrate               measure this machine and write its hardware profile
   trace import FILE       another program's recording into a trace file
@@ -180,11 +182,7 @@ def _trace_import(words: list[str]) -> int:
 
 def _trace_record(words: list[str]) -> int:
     # The recorder itself checks its options, since it is also used without a command line.
-    # To Hydra, `model=` would choose from the group of models that can be priced.
-    words = [f"checkpoint={quoted(word.removeprefix('model='))}" if word.startswith("model=") else word for word in words]
-    if not any("checkpoint=" in word for word in words):
-        raise InputError("model has no value; give one: model=FOLDER_OR_ID")
-    overrides, config_dir = _options("trace_record", words)
+    overrides, config_dir = _options("trace_record", _with_checkpoint(words))
     if overrides is None:
         return 0
     config = compose_config("trace_record", overrides, config_dir)
@@ -195,6 +193,39 @@ def _trace_record(words: list[str]) -> int:
     with _Progress("batches", "{done} of {total} batches done, {what}") as progress:
         trace = traces.record(checkpoint, prompts, out, options, progress=progress)
     _say_written(out, trace, f"{len(trace.domains)} requests in {trace.steps:,} forward passes")
+    return 0
+
+
+def _with_checkpoint(words: list[str]) -> list[str]:
+    """Write ``model=`` as ``checkpoint=``: to Hydra it would choose from the group of models that can be priced."""
+    words = [f"checkpoint={quoted(word.removeprefix('model='))}" if word.startswith("model=") else word for word in words]
+    if not any("checkpoint=" in word for word in words):
+        raise InputError("model has no value; give one: model=FOLDER_OR_ID")
+    return words
+
+
+def _generate(words: list[str]) -> int:
+    overrides, config_dir = _options("generate", _with_checkpoint(words))
+    if overrides is None:
+        return 0
+    config = compose_config("generate", overrides, config_dir)
+    check_types(config)
+    require_packages("generating")
+    from real.generate import device_of, generate
+
+    if config.get("free_link"):
+        raise InputError(f"system '{config['system']['name']}' needs a link that takes no time, which no machine has")
+    with _Progress("requests", "{done} of {total} requests done") as progress:
+        result = generate(
+            config["checkpoint"],
+            config["prompts"],
+            composition_of(config),
+            config["budget"],
+            where=device_of(config["device"]),
+            progress=progress,
+            **{name: config[name] for name in ("new_tokens", "graphs", "check", "dtype", "seed")},
+        )
+    print(json.dumps(result, indent=1))  # noqa: T201
     return 0
 
 
@@ -300,6 +331,7 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
+    "generate": _generate,
     "validate": _validate,
     "calibrate": _calibrate,
     "trace import": _trace_import,

@@ -10,9 +10,10 @@ import pandas as pd
 from joblib import Parallel, delayed  # type: ignore[import-untyped]
 
 from sim import store
+from sim.budget import parse_budget
 from sim.config import Config, check_config, compose_config, one_of, options
 from sim.engines import ENGINES
-from sim.experiment import composition_of, costs_of, key_of, parse_budget, simulate, trace_name, workload_of
+from sim.experiment import composition_of, costs_of, key_of, simulate, trace_name, workload_of
 from traces.errors import InputError
 
 

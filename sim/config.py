@@ -32,6 +32,8 @@ _TYPES = {
     "results": ((str,), "a folder"),
     "json": ((bool,), "true or false"),
     "evidence": ((bool,), "true or false"),
+    "graphs": ((bool,), "true or false"),
+    "check": ((bool,), "true or false"),
     "source": ((str,), "a file"),
     "checkpoint": ((str,), "a folder or the id of a model"),
     "prompts": ((str,), "a file"),

@@ -1,5 +1,7 @@
 """What holds for all tests: random cases are the same on every machine, and none fails for being slow once."""
 
+import gc
+
 import pytest
 from hypothesis import settings
 
@@ -15,3 +17,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def little_garbage():
+    """Collect garbage in no time: every measured run does, and transformers' modules would be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

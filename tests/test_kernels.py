@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # decided when a kernel is defined
 pytest.importorskip("triton", reason="kernels need triton, which torch's CPU build does not bring")
 
 from test_replay import cell_of, model, trace_path  # noqa: F401  # fixtures
+from tiny_models import tiny_model
 
 import real.replay
 from real import kernels
@@ -20,6 +21,7 @@ from real.device import COMPUTE
 from real.replay import run_cell
 from real.schedule import Schedule
 from real.standin import StandIn
+from traces.recorder.routers import rank
 
 
 class Part:
@@ -85,3 +87,62 @@ def test_routing_is_forced_and_weighed_by_the_gate():
     torch.testing.assert_close(
         gate, torch.tensor([[shares[0, 3], shares[0, 6], 0], [shares[1, 5], shares[1, 0], shares[1, 1]]])
     )
+
+
+@pytest.mark.parametrize(("experts", "top_k", "ranks", "are_logits"), [(12, 3, 6, True), (40, 8, 16, False)])
+def test_experts_are_ranked_as_the_recorder_ranks_them(experts, top_k, ranks, are_logits):
+    """Equal scores and excluded groups among them, and a choice that is not the top of the scores."""
+    random = torch.Generator().manual_seed(experts)
+    scores = torch.randn(3, experts, generator=random)
+    if not are_logits:
+        scores = scores.sigmoid()
+        scores[1, 5:9] = -float("inf")
+    scores[0, :4] = 0.5
+    ids = scores.topk(top_k).indices
+    ids[2] = torch.randperm(experts, generator=random)[:top_k]
+    words = torch.zeros(3 * ranks, dtype=torch.int64), torch.zeros(3 * ranks, dtype=torch.int64)
+    turn = torch.tensor([6], dtype=torch.int32)
+    kernels.publish_ranking(scores, ids, turn, words, ranks, are_logits=are_logits)
+    ranked, shares = rank(scores, ids, ranks, are_logits=are_logits)
+    assert all((word >> 32 == 7).all() for word in words)
+    assert ((words[0] & 0xFFFFFFFF).view(3, ranks) == ranked).all()
+    assert ((words[1] & 0xFFFFFFFF).to(torch.int32).view(torch.float32).view(3, ranks) == shares.half().float()).all()
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss"])
+def test_live_kernels_give_the_same_tokens_when_experts_are_offloaded(architecture, tmp_path, monkeypatch):
+    """The fused kernel, and transposed matrices with biases and the model's own gate between the two products."""
+    pytest.importorskip("transformers", reason="live mode needs transformers (the extra `real`)")
+    import real.live
+    from real.live_decoder import LiveDecoder
+    from real.live_model import load_model
+    from real.systems import composition, read_system
+
+    class WithLiveKernels(LiveDecoder):
+        """The decoder as it is on a GPU, but for the graphs."""
+
+        @staticmethod
+        def _use_kernels(where):
+            return True
+
+        def capture_experts(self, count=1):
+            pass
+
+        def _part(self, layer, count):
+            return Part(self.device, super()._part(layer, count).replay)
+
+    tiny_model(architecture, num_hidden_layers=2).save_pretrained(tmp_path)
+    live = load_model(str(tmp_path), "cpu")
+
+    def generate(system, slots, **options):
+        options = {"requests": 1, "new_tokens": 3, "most_prompt_tokens": 6, "prove": True, **options}
+        with real.live.LiveRun(live, composition(read_system(system)), slots, **options) as run:
+            return run.request([5, 9, 3, 17, 22, 60]).tokens, run.outcome().misses.sum()
+
+    plain, _ = generate("lru", 16, preload=True)
+    monkeypatch.setattr(real.live, "LiveDecoder", WithLiveKernels)
+    assert generate("lru", 16, preload=True) == (plain, 0)
+    tokens, misses = generate("next_gate_lrfu", 4)
+    assert tokens == plain
+    assert misses > 0
+    live.close()

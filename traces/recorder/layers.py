@@ -65,8 +65,9 @@ def moe_layers(model: torch.nn.Module, name: str) -> list[MoELayer]:
 
 
 def expert_count(experts: torch.nn.Module) -> int:
-    """Return how many experts a fused experts module holds: the first axis of its parameters."""
-    return int(next(experts.parameters()).shape[0])
+    """Return how many experts a fused experts module holds: the first axis of its parameters, if it has them itself."""
+    held = next(experts.parameters(), None)
+    return int(experts.num_experts if held is None else held.shape[0])
 
 
 def input_device(model: Any) -> torch.device:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 
 
-def require_packages() -> None:
-    """Raise `InputError` where torch or transformers are not installed."""
+def require_packages(what: str = "recording") -> None:
+    """Raise `InputError` where torch or transformers, which `what` needs, are not installed."""
     for package in ("torch", "transformers"):
         try:
             __import__(package)
         except ImportError:
             raise InputError(
-                f"recording needs the package {package}, which is not installed: pip install 'foregate[real]'"
+                f"{what} needs the package {package}, which is not installed: pip install 'foregate[real]'"
             ) from None
 
 

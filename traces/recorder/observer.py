@@ -17,7 +17,7 @@ from traces.checks import expert_dtype
 from traces.recorder.importance import Residual, output_norms, residual_cosine
 from traces.recorder.layers import MoELayer, expert_count
 from traces.recorder.lookahead import Lookahead
-from traces.recorder.routers import RouterCall, RouterFacts, logits_in
+from traces.recorder.routers import RouterCall, RouterFacts, logarithm, logits_in
 from traces.trace import Array
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Observer:
             if self.wanted.router_logits:
                 logits = logits_in(output, self.experts)
                 assert logits is not None  # the probe saw them
-                self._logits.append(_logarithm(logits) if facts.returns_probabilities else logits)
+                self._logits.append(logarithm(logits) if facts.returns_probabilities else logits)
             if self._lookahead is not None:
                 self._lookahead.on_router(index, RouterCall(args[0], args[1:], keywords))
 
@@ -233,11 +233,3 @@ def in_descending_weight(seen: Tensors, experts: int) -> Tensors:
     if "expert_output_norm" in seen:
         ordered["expert_output_norm"] = torch.where(absent, 0, seen["expert_output_norm"]).gather(-1, order)
     return ordered
-
-
-def _logarithm(probabilities: torch.Tensor) -> torch.Tensor:
-    """Return logits that have these probabilities, finite where a probability has vanished."""
-    import torch
-
-    wide = probabilities.float()
-    return wide.clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -67,6 +67,14 @@ def logits_in(output: object, experts: int) -> torch.Tensor | None:
     return None
 
 
+def logarithm(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return logits that have these probabilities, finite where a probability has vanished."""
+    import torch
+
+    wide = probabilities.float()
+    return wide.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
 def ids_in(output: object) -> torch.Tensor | None:
     """Return the routed ids in a router's output as [T, k] int64: its tensor of whole numbers."""
     import torch

@@ -1,0 +1,210 @@
+"""Run every arm on one model, repeats interleaved: ``python -m real.peers --out DIR --minutes 6``.
+
+First the identity checks of `real.identity`. Then, repeat by repeat, every arm generates for a prompt that warms it up and
+one that is timed; the first repeat is dropped. Every row is written as soon as it is there, ``summary.json`` in the end,
+also when time is up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from real.host import undisturbed
+from real.identity import check_all, prompts_of
+from real.live_model import LiveModel, random_model
+from real.peers.arms import Arm, all_arms
+from real.peers.report import summarise, table
+from real.replay import device_errors, free_device_memory
+from traces.errors import InputError
+
+BUDGETS = (0.25, 0.5)
+SHAPES: dict[str, dict[str, int]] = {
+    "olmoe": {"intermediate_size": 1024},  # the published model's; the class's default is another
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 128,
+    },
+}
+
+
+def build_model(shape: str, where: str) -> LiveModel:
+    """Build a model of OLMoE's architecture with random weights whose routing varies: embeddings of standard deviation 1."""
+    config = transformers.OlmoeConfig(**SHAPES[shape])
+    dtype = torch.bfloat16 if where != "cpu" else torch.float32
+    model = random_model(config, where, dtype=dtype, name=f"{shape} shape, random weights")
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.normal_(0.0, 1.0)
+    return model
+
+
+def run_arm(arm: Arm, model: LiveModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
+    """Open an arm, warm it up with all prompts but the last, time that, and return the row. Raises InputError."""
+    new_tokens = max(int(arm.share_of_tokens * new_tokens), 3)
+    prompts = prompts if arm.share_of_tokens >= 0.5 else prompts[-1:]
+    on_gpu = model.where != "cpu"
+    free_device_memory()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    with device_errors(arm.name), arm.opened(model, len(prompts), new_tokens, max(map(len, prompts))) as opened:
+        with undisturbed():
+            for prompt in prompts[:-1]:
+                opened.request(prompt)
+            request = opened.request(prompts[-1])
+        facts = opened.facts(len(prompts) - 1)
+    return {
+        "arm": arm.name,
+        "offloads": arm.offloads,
+        "budget": getattr(arm, "budget", None),
+        "tokens_per_s": request.tokens_per_s,
+        "prefill_s": request.prefill_s,
+        "decoded": len(request.tokens) - 1,
+        "tokens": request.tokens,
+        "device_expert_bytes": None if arm.device_experts is None else arm.device_experts * model.layout.slot_bytes,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "seconds": time.perf_counter() - began,
+        **facts,
+    }
+
+
+def compare(
+    model: LiveModel, arms: Sequence[Arm], out: Path, *, repeats: int, prompt_tokens: int, new_tokens: int, end: float
+) -> list[dict[str, Any]]:
+    """Run all arms `repeats` times, in turn, until the time is up; write and return the rows."""
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    prompts = prompts_of(vocabulary, (prompt_tokens, prompt_tokens), seed=1)
+    rows: list[dict[str, Any]] = []
+    gone: set[str] = set()
+    for repeat in range(repeats):
+        for arm in arms:
+            if time.monotonic() > end:
+                print(f"time is up in repeat {repeat}: {arm.name} and what follows did not run", flush=True)
+                return rows
+            if arm.name in gone or (repeat > 1 and arm.share_of_tokens < 0.1):
+                continue
+            row: dict[str, Any]
+            try:
+                row = run_arm(arm, model, prompts, new_tokens)
+            except Exception as error:  # the other arms are to run all the same
+                gone.add(arm.name)
+                row = {
+                    "arm": arm.name,
+                    "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                }
+                del error
+            row["repeat"] = repeat
+            rows.append(row)
+            with (out / "rows.jsonl").open("a") as file:
+                file.write(json.dumps(_finite(row)) + "\n")
+            print(_line(row), flush=True)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['repeat']} {row['arm']:44} {row['error']}"
+    hit = f"hit {row['hit_rate']:.3f}" if "hit_rate" in row else ""
+    moved = f"{row['bytes_h2d'] / max(row['decoded'], 1) / 1e6:.0f} MB a token" if "bytes_h2d" in row else ""
+    host = " ".join(f"{name} {ns / 1e3:.0f}" for name, ns in row.get("host_per_layer_ns", {}).items())
+    return (
+        f"{row['repeat']} {row['arm']:44} {row['tokens_per_s']:7.2f} tokens/s {hit} {moved} "
+        f"{row['peak_device_bytes'] / 1e9:.1f} GB {row['seconds']:.1f} s {host} {' '.join(row.get('notes', []))}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status: 1 where tokens changed that must not."""
+    parser = argparse.ArgumentParser(prog="python -m real.peers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=6.0, help="start no arm after so many minutes")
+    parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="olmoe")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=65)
+    parser.add_argument("--skip-identity", action="store_true", help="do not check small models first")
+    parser.add_argument(
+        "--only", default="", help="run only the arms whose name contains one of these texts, comma separated"
+    )
+    chosen = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * chosen.minutes
+    try:
+        return _run(chosen, end)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the rows of all arms that were complete are in {chosen.out}", file=sys.stderr)
+        return 130
+
+
+def _run(chosen: argparse.Namespace, end: float) -> int:
+    where, out = chosen.where, chosen.out
+    if where == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no GPU that torch can use; --where cpu --shape tiny runs the same code and times nothing")
+    out.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    identity = []
+    if not chosen.skip_identity:
+        identity = check_all(where, lambda row: print(json.dumps(row), flush=True))
+        (out / "identity.json").write_text(json.dumps(identity, indent=1) + "\n")
+    with device_errors("the model"):
+        model = build_model(chosen.shape, where)
+    wanted = [text.strip() for text in chosen.only.split(",") if text.strip()]
+    arms = [arm for arm in all_arms(BUDGETS) if not wanted or any(text in arm.name for text in wanted)]
+    try:
+        rows = compare(
+            model,
+            arms,
+            out,
+            repeats=chosen.repeats,
+            prompt_tokens=chosen.prompt_tokens,
+            new_tokens=chosen.new_tokens,
+            end=end,
+        )
+        summary = {
+            "model": model.name,
+            "experts": [len(model.layers), model.experts, model.top_k],
+            "expert_bytes": model.layout.expert_bytes,
+            "device": torch.cuda.get_device_name() if where != "cpu" else "stand-in on a CPU",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "identity": identity,
+            **summarise(rows),
+        }
+    finally:
+        model.close()
+    (out / "summary.json").write_text(json.dumps(_finite(summary), indent=1) + "\n")
+    print(table(summary))
+    changed = [row for row in identity if row.get("different") or "error" in row]
+    return 1 if changed else 0
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with null for what is no number."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
