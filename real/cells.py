@@ -104,7 +104,7 @@ def make_cell(name: str, overrides: Iterable[str], folder: Path, *, slots: int |
         },
         "slots": slots_of(config["budget"], workload.trace.model, costs) if slots is None else slots,
         "warmup": 32,
-        "steps": 64,
+        "steps": 56,
         "marked": 24,
         "passes": 3,
         "seed": config["seed"],
