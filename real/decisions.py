@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from policies.residency import ContractError, no_prediction
 from policies.system import System
 from sim.fast.hooks import (
     ADMIT,
@@ -27,21 +29,28 @@ from sim.fast.hooks import (
     Observed,
     make_told,
 )
-from sim.fast.native import FAILED, PARAMETERS
+from sim.fast.native import FAILED, PARAMETERS, call, compiled
 from sim.fast.run import PolicyRaised
 from sim.observations import Observations
 from sim.workload import Workload
+
+WRONG = -1
+"""What `look_ahead` returns for counts and ids that cannot be; the number is then in ``wanted[0, 0]``."""
 
 _ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
 
 
 class Decisions:
-    """The policies of a freshly built `system`; predictors see rows ``rows(step)`` (first, last + 1) of `observed`."""
+    """The policies of a freshly built `system`; predictors see rows ``rows(step)`` (first, last + 1) of `observed`.
 
-    def __init__(self, system: System, observed: Observed, rows: Callable[[int], tuple[int, int]]) -> None:
+    A run has `events` events: nothing is predicted beyond them.
+    """
+
+    def __init__(self, system: System, observed: Observed, rows: Callable[[int], tuple[int, int]], events: int) -> None:
         self.system = system
         self._rows = rows
-        told = self._told = make_told(system.setting, np.zeros(system.setting.keys, np.bool_))
+        told = make_told(system.setting, np.zeros(system.setting.keys, np.bool_))
+        self._told = told
         self.resident = memoryview(told.resident)
         """[keys] who holds a slot; the executor writes it."""
         self.holds = memoryview(told.holds)
@@ -51,11 +60,19 @@ class Decisions:
         self._hooks.observe(observed)
         self._observed = observed
         table = self._hooks.table
-        self._eviction, self._predictor, self._prefetch = (int(table[place]) for place in (EVICTION, PREDICTOR, PREFETCH))
+        self._eviction = int(table[EVICTION])
         self._event, self._admit, self._evicted = (_ENTRY(int(table[place])) for place in (EVENT, ADMIT, EVICTED))
-        self._observe, self._most, self._predict, self._take = (
-            _ENTRY(int(table[place])) if table[place] else None for place in (OBSERVE, MOST, PREDICT, TAKE)
-        )
+        depth, experts = system.prefetch.depth, system.setting.experts
+        self._events = events
+        self._look_ahead = compiled(look_ahead)
+        self._busy = np.zeros(system.setting.keys, np.bool_)
+        self.busy = _view(self._busy)
+        """[keys] who has a transfer, or lost its slot in the running event; the executor writes it."""
+        self._rows_ahead, self._width = depth + 1, experts + 1
+        self._predicted = np.zeros((depth + 1, experts + 1), np.uint8)
+        """[event modulo depth + 1, expert] what was predicted for it; the last column says whether anything was."""
+        self._flags = _view(self._predicted.reshape(-1))
+        self._wanted = np.zeros((max(depth, 1) * experts, 2), np.int64)
 
     @classmethod
     def on_trace(cls, system: System, workload: Workload) -> Decisions:
@@ -72,7 +89,7 @@ class Decisions:
             lookahead_scores=scores if seen.lookahead_scores is None else seen.lookahead_scores,
             router_logits=values if seen.router_logits is None else seen.router_logits,
         )
-        return cls(system, Observed(*map(np.ascontiguousarray, observed)), seen.rows)
+        return cls(system, Observed(*map(np.ascontiguousarray, observed)), seen.rows, workload.events.total)
 
     def judged(self, hits: list[int], misses: list[int], pool: int, now: int) -> None:
         """Tell which experts of event `now` are there and which are not."""
@@ -98,35 +115,96 @@ class Decisions:
         if self._evicted(self._eviction, key, pool, now, 0) == FAILED:
             self._raise()
 
-    def observe(self, step: int, layer: int, now: int) -> int:
-        """Let the predictor learn from event `now`; return how many experts the prefetch rule would take at most."""
+    def look_ahead(self, step: int, layer: int, now: int) -> list[tuple[int, int]]:
+        """Let the predictor learn from event `now` and look ahead; return what to fetch: (key, the event that is to use it).
+
+        Whoever is neither resident nor `busy` is fetched, and is `busy` from here on.
+        """
         first, last = self._rows(step)
         self._seen[0], self._seen[1], self._seen[2], self._seen[3] = now, layer, first, last
-        if self._observe is not None and self._observe(self._predictor, 0, 0, 0, 0) == FAILED:
+        found = self._look_ahead(
+            self._hooks.table, now, self._events, layer, last - first, self._told.resident, self._busy, self._told.ids,
+            self._predicted, self._wanted,
+        )  # fmt: skip
+        if found == FAILED:
             self._raise()
-        assert self._most is not None
-        most: int = self._most(self._prefetch, last - first, 0, 0, 0)
-        if most == FAILED:
-            self._raise()
-        return most
+        if found < 0:
+            wrong = int(self._wanted[0, 0])
+            raise ContractError(no_prediction(type(self.system.predictor).__name__, wrong, self.system.setting.experts))
+        return [(key, target) for key, target in self._wanted[:found].tolist()]
 
-    def predict(self, ahead: int, most: int) -> tuple[int, int]:
-        """Return how many experts the predictor expects `ahead` layers on, at most `most`, and how many of them to fetch."""
-        assert self._predict is not None
-        predicted: int = self._predict(self._predictor, ahead, most, 0, 0)
-        taken = predicted
-        if predicted > 0 and self._take is not None:
-            taken = self._take(self._prefetch, predicted, 0, 0, 0)
-        if FAILED in (predicted, taken):
-            self._raise()
-        return predicted, taken
-
-    def predicted_ids(self, count: int) -> list[int]:
-        """Return the first `count` experts of the last prediction."""
-        ids: list[int] = self._told.ids[:count].tolist()
-        return ids
+    def predicted(self, now: int) -> bytes | None:
+        """Return for every expert whether it was predicted for event `now`, and forget it; None without a prediction."""
+        start = now % self._rows_ahead * self._width
+        row = bytes(self._flags[start : start + self._width])
+        if not row[-1]:
+            return None
+        self._flags[start : start + self._width] = bytes(self._width)
+        return row[:-1]
 
     def _raise(self) -> None:
         if self._hooks.faults:
             raise self._hooks.faults[0]
         raise PolicyRaised("a compiled policy raised an exception; the reference engine (engine=reference) tells which")
+
+
+def _view(array: Any) -> memoryview[Any]:
+    """Return an array as what Python reads and writes quickest."""
+    return memoryview(array)
+
+
+def look_ahead(
+    table: Any,
+    now: Any,
+    events: Any,
+    layer: Any,
+    tokens: Any,
+    resident: Any,
+    busy: Any,
+    ids: Any,
+    predicted: Any,
+    wanted: Any,
+) -> Any:
+    """Do what the fast engine does at an event's end (`sim.fast.kernel`), for `Decisions.look_ahead`; compiled there.
+
+    Fill `wanted` [n, 2] with keys and events and return how many; `FAILED` where a policy raised, `WRONG` where it gave what
+    cannot be.
+    """
+    rows, experts = len(predicted), len(ids)
+    layers = len(resident) // experts
+    if table[OBSERVE] and call(table[OBSERVE], table[PREDICTOR], 0, 0, 0, 0) == FAILED:
+        return FAILED
+    most = call(table[MOST], table[PREFETCH], tokens, 0, 0, 0)
+    if most == FAILED:
+        return FAILED
+    most = min(most, experts)
+    count = 0
+    for ahead in range(1, rows):
+        target = now + ahead
+        if target >= events:
+            break
+        found = call(table[PREDICT], table[PREDICTOR], ahead, most, 0, 0) if most >= 0 else most
+        taken = call(table[TAKE], table[PREFETCH], found, 0, 0, 0) if found > 0 and table[TAKE] else found
+        if found == FAILED or taken == FAILED:
+            return FAILED
+        if found < 0 or found > most or taken < 0 or taken > found:
+            wanted[0, 0] = found if taken == found else taken
+            return WRONG
+        if found == 0:
+            continue
+        row = predicted[target % rows]
+        row[experts] = True
+        first_key = (layer + ahead) % layers * experts
+        for index in range(taken):
+            expert = ids[index]
+            if expert < 0 or expert >= experts:
+                wanted[0, 0] = expert
+                return WRONG
+            row[expert] = True
+            key = first_key + expert
+            if not resident[key] and not busy[key]:
+                busy[key] = True
+                wanted[count, 0] = key
+                wanted[count, 1] = target
+                count += 1
+    return count

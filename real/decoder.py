@@ -173,7 +173,7 @@ class ReplayDecoder:
                 graph.capture_end()
                 self._graphs[place] = graph
         torch.cuda.synchronize()
-        self.restart()
+        self._reset()
 
     # ---- what the executor calls -----------------------------------------------------------------------------
 
@@ -369,12 +369,10 @@ class ReplayDecoder:
         """Whether a step is small and has one token of each request."""
         return self.inputs.tokens[step] <= GRAPH_TOKENS and len(self.inputs.segments[step]) == self.inputs.tokens[step]
 
-    def restart(self) -> None:
-        """Forget all steps, or what trying the parts out has left; the next step is the first."""
+    def _reset(self) -> None:
+        """Forget what trying the parts out has left."""
         self._step.fill_(-1)
-        if self._kernels:
-            self._turn.zero_()
-            self._turns = 0
+        self._turn.zero_()
         self._words_tensor.zero_()
         for used in (self._keys, self._values, self._y, self._gate, self.chosen, self.checksums):
             used.zero_()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from policies.contract import Ints
-from policies.residency import AWAITED, FREE, HELD, ContractError, no_prediction, no_victim
+from policies.residency import AWAITED, FREE, HELD, ContractError, no_victim
 from real.decisions import Decisions
 from real.device import COMPUTE, COPY, Device
 from real.pump import Pump, Transfer
@@ -110,7 +110,7 @@ class Executor:
         """Whether experts that had to be waited for compute each as it lands, or all after the last."""
         self.expert_bytes = expert_bytes
         self._copy_bytes = copy
-        self.resident, self.holds = decisions.resident, decisions.holds
+        self.resident, self.holds, self.busy = decisions.resident, decisions.holds, decisions.busy
         setting = system.setting
         self.pool_of_key: list[int] = np.repeat(setting.pool_of, setting.experts).tolist()
         self.capacity: list[int] = setting.capacity.tolist()
@@ -140,9 +140,7 @@ class Executor:
         """Prefetched experts that hold a slot and were not used yet, with the transfer that brings or brought them."""
         self.to_release: dict[int, list[int]] = {}
         """Prefetched keys by the event that they were fetched for."""
-        self.predictions: dict[int, set[int]] = {}
-        """Keys selected for coming events."""
-        self.left: set[int] = set()
+        self.left: list[int] = []
         """Keys that lost their slot since the running event was judged: for its prediction they are still there."""
         self.depth = system.prefetch.depth
 
@@ -246,7 +244,8 @@ class Executor:
             self._end_event()
         self.link.poll()
         self.now = step * self.shape.layers + layer
-        self.left.clear()
+        if self.left:
+            self._forget_who_left()
         first_key = layer * self.shape.experts
         self.union = union = list(dict.fromkeys([first_key + expert for expert in routed if expert >= 0]))
         present, awaited, absent = self._judge(step, union)
@@ -344,10 +343,11 @@ class Executor:
         self.hits[step] += len(present)
         self.late_hits[step] += len(awaited)
         self.misses[step] += len(absent)
-        predicted = self.predictions.pop(now, None)
+        predicted = self.decisions.predicted(now) if self.depth else None
         if predicted is not None:
-            self.predicted += len(predicted)
-            self.predicted_and_needed += len(predicted.intersection(union))
+            first_key = now % self.shape.layers * self.shape.experts
+            self.predicted += predicted.count(1)
+            self.predicted_and_needed += sum(predicted[key - first_key] for key in union)
             self.needed_after_prediction += len(union)
         return present, awaited, absent
 
@@ -371,6 +371,7 @@ class Executor:
                 continue
             else:
                 self.transfers[key] = queued = Transfer(key, self.now, demand=True)
+                self.busy[key] = True
                 self.link.demand.append(queued)
                 if not sent:
                     self.link.send_demand()
@@ -407,39 +408,22 @@ class Executor:
         for key in self.union:
             if self.resident[key] and key not in self.transfers:
                 self.transfers[key] = transfer = Transfer(key, self.now, refresh=True)
+                self.busy[key] = True
                 self.link.prefetch.append(transfer)
 
     # ---- prediction ------------------------------------------------------------------------------------------
 
     def _predict(self, step: int, layer: int) -> None:
         """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
-        decisions, (steps, layers, experts) = self.decisions, self.shape
-        most = min(decisions.observe(step, layer, self.now), experts)
-        for ahead in range(1, self.depth + 1):
-            target = self.now + ahead
-            if target >= steps * layers:
-                return
-            predicted, count = decisions.predict(ahead, most)
-            if predicted == 0:
-                continue
-            self._check_counts(predicted, most, count)
-            first_key = (layer + ahead) % layers * experts
-            keys = [first_key + expert for expert in decisions.predicted_ids(count)]
-            self.predictions.setdefault(target, set()).update(keys)
-            for key in keys:
-                if not first_key <= key < first_key + experts:
-                    raise ContractError(
-                        no_prediction(type(self.system.predictor).__name__, key - first_key, self.shape.experts)
-                    )
-                if not self.resident[key] and key not in self.transfers and key not in self.left:
-                    self.transfers[key] = transfer = Transfer(key, target)
-                    self.link.prefetch.append(transfer)
+        for key, target in self.decisions.look_ahead(step, layer, self.now):
+            self.transfers[key] = transfer = Transfer(key, target)
+            self.link.prefetch.append(transfer)
 
-    def _check_counts(self, predicted: int, most: int, count: int) -> None:
-        """Raise ContractError for counts that cannot be."""
-        for number, limit in ((predicted, most), (count, predicted)):
-            if not 0 <= number <= limit:
-                raise ContractError(no_prediction(type(self.system.predictor).__name__, number, self.shape.experts))
+    def _forget_who_left(self) -> None:
+        """Let those that lost their slots during the event before be predicted again."""
+        for key in self.left:
+            self.busy[key] = key in self.transfers
+        self.left.clear()
 
     # ---- slots and transfers: what the pump asks and tells ---------------------------------------------------
 
@@ -472,7 +456,7 @@ class Executor:
             return True
         if not self._admit(key, transfer.demand):
             self.cancelled += 1
-            del self.transfers[key]
+            self._close(key)
             if self.log is not None:
                 self._note("cancel", key)
             return False
@@ -544,7 +528,8 @@ class Executor:
         """Note a lost slot: a prefetch that was never used turns out wasted, a queued renewal is not needed."""
         self.resident[key] = False
         self.taken[self.pool_of_key[key]] -= 1
-        self.left.add(key)
+        self.left.append(key)
+        self.busy[key] = True
         self.free_slots.append(self.slot_of.pop(key))
         if key in self.unused:
             del self.unused[key]
@@ -555,9 +540,14 @@ class Executor:
         if self.log is not None:
             self._note("evict", key)
 
+    def _close(self, key: int) -> None:
+        """Note that a transfer is over."""
+        del self.transfers[key]
+        self.busy[key] = False
+
     def _give_up(self, transfer: Transfer) -> None:
         """Drop a transfer that nobody waits for; one that is partly there gives its slot back, its bytes were wasted."""
-        del self.transfers[transfer.key]
+        self._close(transfer.key)
         self.cancelled += 1
         if self.log is not None:
             self._note("cancel", transfer.key)
@@ -569,7 +559,7 @@ class Executor:
     def _transfer_landed(self, transfer: Transfer) -> None:
         """Make an expert usable."""
         key = transfer.key
-        del self.transfers[key]
+        self._close(key)
         if self.log is not None:
             self._note("landed", key)
         if transfer.refresh:

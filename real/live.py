@@ -351,7 +351,7 @@ class LiveRun:
     def _executor(self, system: System, device: Device, expert_bytes: int) -> Executor:
         shape = Shape(self._requests * self.new_tokens, self._sizes["layers"], self._sizes["experts"])
         return Executor(
-            Decisions(system, self.decoder.observed, lambda step: (0, self.decoder.count)),
+            Decisions(system, self.decoder.observed, lambda step: (0, self.decoder.count), shape.steps * shape.layers),
             shape,
             self.decoder,
             device,

@@ -23,6 +23,9 @@ from traces.synthetic import synthesize
 LAYERS, EXPERTS = 4, 16
 """Of the small decoder: what it reads leaves every cache, and making it takes a second."""
 
+ROUNDS = 3
+"""The runs of a shape alternate so often: a machine may be slow for a second or two."""
+
 CONTEXTS = (128, 4096)
 """Lengths of the KV cache at which attention is timed."""
 
@@ -90,7 +93,7 @@ MODELS = {
 
 
 def measure_executor(
-    shapes: Mapping[str, ModelShape], say: Callable[[str], None], *, where: str = "cuda", steps: int = 40
+    shapes: Mapping[str, ModelShape], say: Callable[[str], None], *, where: str = "cuda", steps: int = 24
 ) -> dict[str, ShapeTimes]:
     """Measure every shape; on a CPU the same code runs and its times mean nothing. Raises InputError."""
     found = {}
@@ -139,30 +142,42 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
 
     everything = shape.layers * shape.experts
     short, *longer = CONTEXTS
-    resident = run("all resident", short, _WAITS, everything, preload=True)
-    missing = run("all missing", short, _WAITS, shape.top_k)
-    prefetched = run("prefetched late", short, _PREFETCHES, 3 * shape.top_k)
-    ahead = run("all resident, looking ahead", short, _LOOKS_AHEAD, everything, preload=True)
-    attention = {short: resident.inner_attention}
+    rounds = []
+    for _ in range(ROUNDS):
+        resident = run("all resident", short, _WAITS, everything, preload=True)
+        missing = run("all missing", short, _WAITS, shape.top_k)
+        prefetched = run("prefetched late", short, _PREFETCHES, 3 * shape.top_k)
+        ahead = run("all resident, looking ahead", short, _LOOKS_AHEAD, everything, preload=True)
+        rounds.append(
+            {
+                "attention": {short: resident.inner_attention},
+                "shared": resident.spans("gate"),
+                "attention_beside": prefetched.inner_attention,
+                "groups": {1: missing.last_groups, shape.top_k: resident.spans("start")},
+                "group_beside": missing.other_groups,
+                "step": resident.steps_ends,
+                "copy_first": missing.copies(first=True),
+                "copy_behind": missing.copies(first=False),
+                "gate_issue": resident.gate_issue,
+                "gate_to_residents": resident.spans("decide"),
+                "gate_to_copy": missing.gate_to_copy,
+                "landing_to_experts": missing.landing_to_experts,
+                "ahead": [(each - float(np.median(resident.experts_issue))) / _AHEAD for each in ahead.experts_issue],
+                "step_issue": resident.step_issue,
+                "mark": resident.spans("end"),
+            }
+        )
+    found = {name: _pooled([each[name] for each in rounds]) for name in rounds[0]}
     for context in longer:
-        attention[context] = run("all resident", context, _WAITS, everything, preload=True).inner_attention
-    return ShapeTimes(
-        attention=attention,
-        shared=resident.spans("gate"),
-        attention_beside=prefetched.inner_attention,
-        groups={1: missing.last_groups, shape.top_k: resident.spans("start")},
-        group_beside=missing.other_groups,
-        step=resident.steps_ends,
-        copy_first=missing.copies(first=True),
-        copy_behind=missing.copies(first=False),
-        gate_issue=resident.gate_issue,
-        gate_to_residents=resident.spans("decide"),
-        gate_to_copy=missing.gate_to_copy,
-        landing_to_experts=missing.landing_to_experts,
-        ahead=[(each - float(np.median(resident.experts_issue))) / _AHEAD for each in ahead.experts_issue],
-        step_issue=resident.step_issue,
-        mark=resident.spans("end"),
-    )
+        found["attention"][context] = run("all resident", context, _WAITS, everything, preload=True).inner_attention
+    return ShapeTimes(**found)
+
+
+def _pooled(rounds: list[Any]) -> Any:
+    """Return the samples of all rounds together."""
+    if isinstance(rounds[0], dict):
+        return {key: _pooled([each[key] for each in rounds]) for key in rounds[0]}
+    return [sample for each in rounds for sample in each]
 
 
 class _Parts:

@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Cell:
     prove: bool = False
     """Whether the schedule is proved; slow."""
     passes: int = 1
-    """How often the steps up to the timed ones run, each time from the start; of every step's times the median counts."""
+    """How often it runs, each time from the start; of every step's times the median counts."""
 
     @property
     def shape(self) -> ModelShape:
@@ -184,7 +185,8 @@ def build_cell_system(cell: Cell, workload: Workload) -> System:
 def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Measured:
     shape, where = model.shape, model.where
     total = cell.warmup + cell.steps + cell.marked
-    slots = int(build_cell_system(cell, workload).setting.capacity.sum())
+    system = build_cell_system(cell, workload)
+    slots = int(system.setting.capacity.sum())
     check_room(slots * model.slab.slot_bytes, where)
     pool = SlotPool(shape, slots, where)
     rate = link_rate(device, model.slab, pool.address, slots) if where != "cpu" else float("nan")
@@ -196,42 +198,30 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     def copy(key: int, slot: int, start: int, stop: int) -> None:
         device.copy(pool.address + slot * slot_bytes + start, slab.address + key * slot_bytes + start, stop - start)
 
-    def start() -> tuple[Executor, Timeline, Log]:
-        log: Log = []
-        timeline = Timeline(device, shape.layers)
-        executor = Executor(
-            Decisions.on_trace(build_cell_system(cell, workload), workload),
-            Shape(total, shape.layers, shape.experts),
-            decoder,
-            device,
-            copy,
-            expert_bytes=shape.expert_bytes,
-            chunk_bytes=cell.chunk_bytes,
-            window_bytes=cell.window_bytes,
-            timeline=timeline,
-            log=log,
-            one_by_one=cell.one_by_one,
-        )
-        if cell.preload:
-            executor.preload(range(shape.layers * shape.experts))
-        return executor, timeline, log
-
-    timed = slice(cell.warmup, cell.warmup + cell.steps)
-    others = []
-    for _ in range(cell.passes - 1):
-        executor, timeline, _ = start()
-        with undisturbed():
-            executor.run(range(min(timed.stop + 1, total)))  # a step ends with the next one's first gate
-        others.append(timeline.step_ns[timed])
-        decoder.restart()
-    executor, timeline, log = start()
+    log: Log = []
+    timeline = Timeline(device, shape.layers)
+    executor = Executor(
+        Decisions.on_trace(system, workload),
+        Shape(total, shape.layers, shape.experts),
+        decoder,
+        device,
+        copy,
+        expert_bytes=shape.expert_bytes,
+        chunk_bytes=cell.chunk_bytes,
+        window_bytes=cell.window_bytes,
+        timeline=timeline,
+        log=log,
+        one_by_one=cell.one_by_one,
+    )
+    if cell.preload:
+        executor.preload(range(shape.layers * shape.experts))
     with undisturbed():
-        executor.run(range(timed.stop))
+        executor.run(range(cell.warmup + cell.steps))
         timeline.begin_marks(cell.marked)
-        executor.run(range(timed.stop, total))
+        executor.run(range(cell.warmup + cell.steps, total))
     row = {
         **_identity(cell, slots, where),
-        **_times(cell, timeline, rate, others),
+        **_times(cell, timeline, rate),
         **_counts(executor),
         "decisions_digest": digest(log),
         "outputs_digest": hashlib.sha256(decoder.checksums.cpu().numpy().tobytes()).hexdigest(),
@@ -263,19 +253,11 @@ def _identity(cell: Cell, slots: int, where: str) -> dict[str, Any]:
     }
 
 
-def _times(cell: Cell, timeline: Timeline, rate: float, others: list[Any]) -> dict[str, Any]:
-    """Return times, ns: of the timed steps by the host's clock, of the marked ones by the device's.
-
-    `others` are the timed steps of the other passes.
-    """
+def _times(cell: Cell, timeline: Timeline, rate: float) -> dict[str, Any]:
+    """Return times, ns: of the timed steps by the host's clock, of the marked ones by the device's."""
     timed = slice(cell.warmup, cell.warmup + cell.steps)
-    last = timeline.step_ns[timed]
-    step_ns = np.median([last, *others], axis=0).astype(np.int64)
     found: dict[str, Any] = {
-        "step_ns": step_ns.tolist(),
-        "pass_ns_mean": [float(each.mean()) for each in (*others, last) if len(each)],
-        "step_ns_median": float(np.median(step_ns)) if len(step_ns) else float("nan"),
-        "step_ns_mean": float(step_ns.mean()) if len(step_ns) else float("nan"),
+        **_step_times([timeline.step_ns[timed]]),
         "host_per_layer_ns": timeline.host_parts(timed),
         "link_bytes_per_s": rate,
     }
@@ -286,6 +268,17 @@ def _times(cell: Cell, timeline: Timeline, rate: float, others: list[Any]) -> di
         }
         found["copy_efficiency"] = marked.burst_bytes_per_s / rate
     return found
+
+
+def _step_times(passes: list[Any]) -> dict[str, Any]:
+    """Return the median over `passes` of every step's time, ns, and what it sums up to."""
+    step_ns = np.median(passes, axis=0).astype(np.int64)
+    return {
+        "step_ns": step_ns.tolist(),
+        "pass_ns_mean": [float(np.mean(each)) if len(each) else float("nan") for each in passes],
+        "step_ns_median": float(np.median(step_ns)) if len(step_ns) else float("nan"),
+        "step_ns_mean": float(step_ns.mean()) if len(step_ns) else float("nan"),
+    }
 
 
 def _counts(executor: Executor) -> dict[str, Any]:
@@ -375,38 +368,66 @@ def _peak_bytes(where: str) -> int:
 
 
 def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> int:
-    """Run cells until the time is up and write each one's result at once; return how many failed.
+    """Run cells until the time is up and write their results, shape by shape; return how many failed.
 
-    ``results.jsonl`` gets a row per cell, ``decisions.jsonl.gz`` its log, ``stamps.jsonl.gz`` host stamps and device marks.
+    ``results.jsonl`` gets a row per cell, ``decisions.jsonl.gz`` its log, ``stamps.jsonl.gz`` host stamps and device marks:
+    those of its first pass. The passes of a shape's cells alternate, so that a machine that is slow for a while is not taken
+    for a slow system.
     """
     end = time.monotonic() + minutes * 60
     out.mkdir(parents=True, exist_ok=True)
-    model: Model | None = None
     failed = 0
-    try:
-        for cell in cells:
-            if time.monotonic() > end:
-                print(f"time is up: {cell.name} and what follows did not run", flush=True)
-                break
-            began = time.monotonic()
-            try:
-                if model is None or model.shape != cell.shape:
-                    if model is not None:
-                        model.close()
-                        model = None
-                    with device_errors(f"cell '{cell.name}'"):
-                        model = Model(cell.shape, where)
-                measured = run_cell(cell, model)
-                write_result(out, cell, measured)
-                print(line(measured.row, time.monotonic() - began), flush=True)
-            except InputError as error:
-                failed += 1
-                _append(out / "results.jsonl", {"cell": cell.name, "error": str(error)})
-                print(f"{cell.name}: {error}", flush=True)
-    finally:
-        if model is not None:
-            model.close()
+    for shape, group in groupby(cells, lambda cell: cell.shape):
+        of_shape = list(group)
+        if time.monotonic() > end:
+            print(f"time is up: {of_shape[0].name} and what follows did not run", flush=True)
+            break
+        failed += _run_shape(of_shape, shape, out, where, end)
     return failed
+
+
+def _run_shape(cells: list[Cell], shape: ModelShape, out: Path, where: str, end: float) -> int:
+    """Run all passes of one shape's cells and write what there is, whatever stops it; return how many failed."""
+    runs: dict[str, list[Measured]] = {cell.name: [] for cell in cells}
+    failed: dict[str, str] = {}
+    try:
+        with device_errors(f"shape {tuple(shape)}"):
+            model = Model(shape, where)
+        try:
+            for number in range(max(cell.passes for cell in cells)):
+                for cell in cells:
+                    if number >= cell.passes or cell.name in failed or time.monotonic() > end:
+                        continue
+                    again = replace(cell, marked=min(cell.marked, 1))  # the last timed step ends with the next one's gate
+                    try:
+                        runs[cell.name].append(run_cell(again if number else cell, model))
+                    except InputError as error:
+                        failed[cell.name] = str(error)
+                    print(f"{cell.name}: pass {number + 1}{failed.get(cell.name, '')}", flush=True)
+        finally:
+            model.close()
+    except InputError as error:
+        failed = dict.fromkeys(runs, str(error))
+    finally:
+        for cell in cells:
+            if runs[cell.name]:
+                measured = _merged(runs[cell.name])
+                write_result(out, cell, measured)
+                print(line(measured.row), flush=True)
+            elif cell.name in failed:
+                _append(out / "results.jsonl", {"cell": cell.name, "error": failed[cell.name]})
+                print(f"{cell.name}: {failed[cell.name]}", flush=True)
+    return len(failed)
+
+
+def _merged(passes: list[Measured]) -> Measured:
+    """Return the first pass with every step's median time over all of them, and the link's rate at its best."""
+    first = passes[0]
+    row = {**first.row, **_step_times([each.row["step_ns"] for each in passes])}
+    rate = max(each.row["link_bytes_per_s"] for each in passes)
+    if "marked_ns" in row:
+        row |= {"link_bytes_per_s": rate, "copy_efficiency": row["marked_ns"]["burst_bytes_per_s"] / rate}
+    return replace(first, row=row)
 
 
 def write_result(out: Path, cell: Cell, measured: Measured) -> None:
@@ -425,7 +446,7 @@ def write_result(out: Path, cell: Cell, measured: Measured) -> None:
     _append_packed(out / "stamps.jsonl.gz", times)
 
 
-def line(row: Mapping[str, Any], seconds: float) -> str:
+def line(row: Mapping[str, Any]) -> str:
     """Return a cell's result as one line of text."""
     marked = row.get("marked_ns", {})
     parts = " / ".join(f"{np.mean(marked[name]) / 1e6:.2f}" for name in ("compute", "wait", "host")) if marked else "-"
@@ -434,8 +455,7 @@ def line(row: Mapping[str, Any], seconds: float) -> str:
     return (
         f"{row['cell']:44} {row['step_ns_mean'] / 1e6:7.2f} ms a step (median {row['step_ns_median'] / 1e6:.2f}), marked: "
         f"compute/wait/host {parts} ms; hits/late/misses {experts}; link {row.get('copy_efficiency', float('nan')):.1%} of "
-        f"{row['link_bytes_per_s'] / 1e9:.1f} GB/s; host us a layer: {host}; {row['peak_device_bytes'] / 1e9:.2f} GB; "
-        f"{seconds:.1f} s"
+        f"{row['link_bytes_per_s'] / 1e9:.1f} GB/s; host us a layer: {host}; {row['peak_device_bytes'] / 1e9:.2f} GB"
     )
 
 

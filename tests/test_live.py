@@ -194,14 +194,14 @@ def test_predictors_see_what_the_recorder_records(olmoe, tmp_path):
     with LiveRun(
         olmoe, composition(read_system("next_gate")), 16, requests=1, new_tokens=NEW_TOKENS, most_prompt_tokens=11
     ) as run:
-        observe = run.executor.decisions.observe
+        look_ahead = run.executor.decisions.look_ahead
 
         def watch(step, layer, now):
             rows, observed = slice(0, run.decoder.count), run.decoder.observed
             seen.append((step, layer, *(array[rows, layer].copy() for array in observed[:4:3]), observed[4][rows, layer]))
-            return observe(step, layer, now)
+            return look_ahead(step, layer, now)
 
-        run.executor.decisions.observe = watch
+        run.executor.decisions.look_ahead = watch
         run.request(PROMPTS[0])
         for step, layer, experts, ranked, _ in seen:
             mine = trace.step == step
