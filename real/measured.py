@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from sim.result import KINDS
 from traces.atomic import write_atomically
 from traces.errors import InputError
 
-FORMAT = "foregate.measured.1"
+FORMAT = "foregate.measured.2"
 
 PARTS = ("compute_ns", "wait_ns", "host_ns")
 """Columns that add up to `total_ns` in the steps that have them."""
@@ -55,6 +55,7 @@ FIELDS: dict[str, Any] = {
     "bytes_by_kind": dict,
     "link_bytes_per_s": (float, int, type(None)),
     "copy_efficiency": (float, int, type(None)),
+    "pass_ns": list,
     "decisions_digest": str,
 }
 """Fields of the JSON file and their types; all must be there, and no others."""
@@ -79,6 +80,8 @@ class MeasuredRun(NamedTuple):
     """Rate of copies back to back, measured beside the run."""
     copy_efficiency: float | None = None
     """Rate of the link in bursts of misses, as a share of `link_bytes_per_s`."""
+    pass_ns: Sequence[float] = ()
+    """Mean duration of the timed steps in every pass, ns; empty where it ran once."""
 
     @property
     def name(self) -> str:
@@ -152,6 +155,7 @@ def write_measured(folder: str | os.PathLike[str], run: MeasuredRun) -> Path:
         "bytes_by_kind": run.bytes_by_kind,
         "link_bytes_per_s": run.link_bytes_per_s,
         "copy_efficiency": run.copy_efficiency,
+        "pass_ns": list(run.pass_ns),
         "decisions_digest": decisions_digest(run.log),
     }
     schema = pa.schema([pa.field(name, pa.int64(), nullable=nullable) for name, nullable in COLUMNS.items()])
@@ -181,6 +185,7 @@ def read_measured(path: str | os.PathLike[str], cell: Mapping[str, Any] | None =
     if decisions_digest(log) != fields["decisions_digest"]:
         raise InputError(f"{path}: the decisions do not have the digest that the file states")
     steps = _read_steps(path.with_suffix(".parquet"))
+    fields["pass_ns"] = tuple(fields["pass_ns"])
     run = MeasuredRun(steps=steps, log=log, **{name: fields[name] for name in MeasuredRun._fields if name in fields})
     _check(path, run)
     return run
@@ -194,7 +199,7 @@ def read_folder(folder: str | os.PathLike[str]) -> list[MeasuredRun]:
     return [read_measured(path) for path in files]
 
 
-NOT_RUNS = ("summary.json", "hardware.json", "cells.json")
+NOT_RUNS = ("summary.json", "hardware.json", "cells.json", "peers.json")
 """JSON files of other kinds that may lie beside runs."""
 
 
@@ -216,6 +221,8 @@ def _read_fields(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {name} is missing")
         if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
             raise InputError(f"{path}: {name} is {fields[name]!r}")
+    if not all(isinstance(each, (int, float)) and each > 0 for each in fields["pass_ns"]):
+        raise InputError(f"{path}: pass_ns is {fields['pass_ns']!r}: it must be a list of durations in ns")
     for name in fields:
         if name not in FIELDS:
             raise InputError(f"{path}: {name} is no field of a measured run")
@@ -326,6 +333,7 @@ def from_replay(
         bytes_by_kind={kind: int(row["bytes_by_kind"][kind]) for kind in KINDS},
         link_bytes_per_s=_finite(row.get("link_bytes_per_s")),
         copy_efficiency=_finite(row.get("copy_efficiency")),
+        pass_ns=tuple(float(each) for each in row.get("pass_ns_mean", ()) if np.isfinite(each)),
     )
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from real.chrome import write_chrome_trace
 from real.measured import MeasuredRun, from_replay, read_folder, replay_results, write_measured
-from real.validation import CellReport, compare_cell, find_trace, in_order, kendall_tau, summary
+from real.validation import CellReport, compare_cell, find_trace, in_order, of_bound, ranking, summary
 from sim import store
 from sim.config import Config, check_config, check_types, compose_config
 from sim.experiment import workload_of
@@ -211,10 +211,12 @@ def print_reports(out: Console, reports: Sequence[CellReport], hardware: Hardwar
         )
     out.print(table)
     found = summary(reports)
-    tau = kendall_tau(reports)
+    ranks = ranking(reports)
+    tau = "-" if ranks.tau is None else f"{ranks.tau:.2f}"
+    too_close = f", {ranks.too_close} too close to tell apart" if ranks.too_close else ""
     out.print(
         f"closed loop: mean error {found['mean_error']:.1%}, worst {found['worst_error']:.1%}; ranking agreement (Kendall "
-        f"tau) {'-' if tau is None else f'{tau:.2f}'}. Errors are (simulated - measured) / measured step.",
+        f"tau) {tau} over {ranks.pairs} pairs{too_close}. Errors are (simulated - measured) / measured step.",
         highlight=False,
         soft_wrap=True,
     )
@@ -241,7 +243,6 @@ def write_ground_truth(
     runs: Sequence[Run],
     profile: dict[str, Any],
     over_best_peer: float | None = None,
-    of_bound: float | None = None,
 ) -> dict[str, Any]:
     """Write runs, their traces, the resolved hardware `profile` and the summary into `folder`; return the summary."""
     folder = Path(folder)
@@ -251,7 +252,7 @@ def write_ground_truth(
         write_measured(folder, run)
         save_trace(trace, folder / Path(run.cell["trace"]).name)
     reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
-    found = summary(reports, over_best_peer, of_bound)
+    found = summary(reports, over_best_peer, of_bound([run for run, _ in runs]))
     write_atomically(folder / "hardware.json", json.dumps(profile, indent=1).encode())
     write_atomically(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False).encode())
     return found

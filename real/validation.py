@@ -79,6 +79,8 @@ class CellReport(NamedTuple):
     closed_loop: Loop
     """The simulator decides: what differs is everything."""
     divergence: Divergence
+    spread_ns: float
+    """Half of the range in which the passes' means lie."""
     copy_efficiency: float | None
     logs: tuple[Log, Log]
     """The executor's and the simulator's."""
@@ -112,6 +114,7 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
         open_loop=_loop(run, priced.steps, priced.link_busy_ns),
         closed_loop=_loop(run, simulated.steps, link_busy),
         divergence=divergence(run.log, log, workload.events.total),
+        spread_ns=(max(run.pass_ns) - min(run.pass_ns)) / 2 if run.pass_ns else 0.0,
         copy_efficiency=run.copy_efficiency,
         logs=(run.log, log),
     )
@@ -138,25 +141,57 @@ def divergence(executed: Log, simulated: Log, events: int) -> Divergence:
     return Divergence(events, sum(differ), sum(only_late), differ.index(True) if any(differ) else None)
 
 
-def kendall_tau(reports: Sequence[CellReport]) -> float | None:
-    """Return the rank agreement of simulated and measured TPOT over all pairs of one group's systems, anchors left out.
+class Ranking(NamedTuple):
+    """How far simulation and measurement order systems alike."""
 
-    1 where every pair is ordered the same, -1 where every pair is reversed; a tie on one side counts as neither. None where
-    there is no pair.
-    """
-    pairs = agreeing = 0
+    tau: float | None
+    """Kendall's tau: 1 where every pair is ordered the same, -1 where every pair is reversed; a tie in the simulation counts
+    as neither. None where there is no pair."""
+    pairs: int
+    """Pairs of one group's systems, anchors left out, that the measurement tells apart."""
+    too_close: int
+    """Pairs whose measured difference is within the spread of their passes."""
+
+
+def ranking(reports: Sequence[CellReport]) -> Ranking:
+    """Compare the order of simulated and measured TPOT, pair by pair."""
+    pairs = agreeing = too_close = 0
     for one, other in combinations([report for report in reports if report.anchor is None], 2):
-        if one.group == other.group:
-            pairs += 1
-            measured = np.sign(one.measured_tpot_ns - other.measured_tpot_ns)
-            agreeing += int(measured * np.sign(one.closed_loop.tpot_ns - other.closed_loop.tpot_ns))
-    return agreeing / pairs if pairs else None
+        if one.group != other.group:
+            continue
+        measured = one.measured_tpot_ns - other.measured_tpot_ns
+        if abs(measured) < one.spread_ns + other.spread_ns:
+            too_close += 1
+            continue
+        pairs += 1
+        agreeing += int(np.sign(measured) * np.sign(one.closed_loop.tpot_ns - other.closed_loop.tpot_ns))
+    return Ranking(agreeing / pairs if pairs else None, pairs, too_close)
+
+
+def of_bound(runs: Sequence[MeasuredRun]) -> float | None:
+    """Return how near the best system of every shape and number of slots comes to what C and X allow; of these the least.
+
+    A step cannot be shorter than C, that of the same shape with all experts resident, nor than X, the link's time for the
+    bytes that were moved. None where no system's C or X is known.
+    """
+    resident = {json.dumps(run.cell["model"]): _tpot(run) for run in runs if run.cell["preload"]}
+    best: dict[tuple[str, int], float] = {}
+    for run in runs:
+        shape = json.dumps(run.cell["model"])
+        if anchor_of(run.cell) or shape not in resident or not run.link_bytes_per_s:
+            continue
+        steps = int(run.steps["step"].max()) + 1
+        link_ns = sum(run.bytes_by_kind.values()) / steps / run.link_bytes_per_s * 1e9
+        place = (shape, run.cell["slots"])
+        best[place] = max(best.get(place, 0.0), max(resident[shape], link_ns) / _tpot(run))
+    return min(best.values(), default=None)
 
 
 def summary(
     reports: Sequence[CellReport], over_best_peer: float | None = None, of_bound: float | None = None
 ) -> dict[str, Any]:
     """Return the figures of a validation; those that were not measured are None. Errors are of the closed loop's TPOT."""
+    ranks = ranking(reports)
     errors = [abs(report.closed_loop.error) for report in reports]
     efficiencies = [report.copy_efficiency for report in reports if report.copy_efficiency is not None]
     return {
@@ -165,6 +200,7 @@ def summary(
                 "name": report.name,
                 "anchor": report.anchor,
                 "measured_tpot_ns": report.measured_tpot_ns,
+                "spread_ns": report.spread_ns,
                 "simulated_tpot_ns": report.closed_loop.tpot_ns,
                 "priced_tpot_ns": report.open_loop.tpot_ns,
                 "error": report.closed_loop.error,
@@ -173,7 +209,9 @@ def summary(
         ],
         "mean_error": float(np.mean(errors)) if errors else None,
         "worst_error": max(errors, default=None),
-        "kendall_tau": kendall_tau(reports),
+        "kendall_tau": ranks.tau,
+        "pairs": ranks.pairs,
+        "pairs_too_close": ranks.too_close,
         "copy_efficiency": min(efficiencies, default=None),
         "over_best_peer": over_best_peer,
         "of_bound": of_bound,

@@ -59,7 +59,7 @@ def test_another_cell_than_the_present_one_is_refused(path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"format": "foregate.measured.0"}, "not a measured run of the format foregate.measured.1"),
+        ({"format": "foregate.measured.0"}, "not a measured run of the format foregate.measured.2"),
         ({"device": 7}, "device is 7"),
         ({"extra": 1}, "extra is no field of a measured run"),
         ({"bytes_by_kind": {"demand": 1}}, "bytes_by_kind must be those of demand, useful, late, wasted, refresh"),

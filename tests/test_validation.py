@@ -14,7 +14,8 @@ from real.validation import (
     decoder_spec,
     divergence,
     in_order,
-    kendall_tau,
+    of_bound,
+    ranking,
     summary,
 )
 from traces.errors import InputError
@@ -106,7 +107,7 @@ def test_anchors_come_first_and_are_not_ranked():
     ]
     reports = in_order([compare_cell(measured_on(MACHINE, cell), TRACE, MACHINE) for cell in cells])
     assert [report.anchor for report in reports] == ["all resident", "all missing", "perfect prefetch", None]
-    assert kendall_tau(reports) is None
+    assert ranking(reports) == (None, 0, 0)
     assert anchor_of(cell_of()) is None
 
 
@@ -119,11 +120,37 @@ def test_ranking_counts_pairs_of_one_group():
         return report._replace(measured_tpot_ns=measured, closed_loop=loop)
 
     one, two, three = ranked(10, 12), ranked(20, 19), ranked(30, 33)
-    assert kendall_tau([one, two, three]) == 1
-    assert kendall_tau([one, ranked(20, 33), ranked(30, 19)]) == pytest.approx(1 / 3)
-    assert kendall_tau([ranked(10, 33), ranked(20, 19), ranked(30, 12)]) == -1
-    assert kendall_tau([one, ranked(20, 12)]) == 0
-    assert kendall_tau([one, two._replace(group="another budget")]) is None
+    assert ranking([one, two, three]).tau == 1
+    assert ranking([one, ranked(20, 33), ranked(30, 19)]).tau == pytest.approx(1 / 3)
+    assert ranking([ranked(10, 33), ranked(20, 19), ranked(30, 12)]).tau == -1
+    assert ranking([one, ranked(20, 12)]).tau == 0
+    assert ranking([one, two._replace(group="another budget")]).tau is None
+
+
+def test_systems_that_the_measurement_cannot_tell_apart_are_not_ranked():
+    """10 with passes from 7 to 13 and 20 with passes from 14 to 26: they may be equal; 30 is slower than both."""
+    report = compare_cell(measured_on(MACHINE, cell_of()), TRACE, MACHINE)
+
+    def spread(measured, half, simulated):
+        loop = report.closed_loop._replace(tpot_ns=simulated)
+        return report._replace(measured_tpot_ns=measured, spread_ns=half, closed_loop=loop)
+
+    assert ranking([spread(14, 3, 12), spread(20, 6, 11), spread(40, 1, 33)]) == (1, 2, 1)
+
+
+def test_the_bound_is_the_longer_of_the_resident_step_and_the_link():
+    """Resident 100 ns; of the two others in 10 slots one is at 100 of 200, the other's link needs 150 of 300 ns."""
+    cells = [cell_of("resident", slots=24, preload=True), cell_of("one"), cell_of("other")]
+    runs = [measured_on(MACHINE, cell) for cell in cells]
+    steps = int(runs[0].steps["step"].max()) + 1
+
+    def timed(run, ns, moved):
+        by_kind = {**dict.fromkeys(run.bytes_by_kind, 0), "demand": moved}
+        return run._replace(steps=run.steps.assign(total_ns=ns), bytes_by_kind=by_kind, link_bytes_per_s=1e9)
+
+    resident = timed(runs[0], 100, 0)
+    assert of_bound([resident, timed(runs[1], 200, 0), timed(runs[2], 300, 150 * steps)]) == 0.5
+    assert of_bound([timed(runs[1], 200, 0)]) is None
 
 
 def test_a_summary_has_worst_and_mean_error_and_null_for_what_was_not_measured():
