@@ -50,7 +50,7 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     runs = _measure(config, overrides, config_dir, results) if folder is None else _stored(Path(folder), config["cells"])
     chosen = any(override.startswith("hardware") for override in overrides)
     own = None if folder is None or chosen else Path(folder) / "hardware.json"
-    hardware = make_hardware(config["hardware"] if own is None or not own.is_file() else _read_json(own))
+    hardware = make_hardware(config["hardware"] if own is None or not own.is_file() else read_json(own))
     reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
     timeline = Path(config["timeline"] or results / "timeline.json.gz")
     _write_timeline(timeline, reports[-1], next(run for run, _ in runs if run.name == reports[-1].name))
@@ -263,8 +263,8 @@ def check_ground_truth(folder: Path) -> list[str]:
 
     Raises InputError where the folder is not whole.
     """
-    stored = _read_json(folder / "summary.json").get("cells", [])
-    hardware = make_hardware(_read_json(folder / "hardware.json"))
+    stored = read_json(folder / "summary.json").get("cells", [])
+    hardware = make_hardware(read_json(folder / "hardware.json"))
     known = {cell["name"]: cell for cell in stored}
     drifted = []
     for run in read_folder(folder):
@@ -283,7 +283,8 @@ def check_ground_truth(folder: Path) -> list[str]:
     return drifted
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises InputError."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
