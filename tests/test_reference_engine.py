@@ -145,6 +145,58 @@ def test_a_host_that_reads_the_outcome_of_a_step_starts_the_next_one_after_it():
     assert result.steps.host.tolist() == [27, 67]
 
 
+def test_residents_are_one_group_and_each_arrival_another():
+    """107 known, 127 issued. Two misses land at 1107 and 2107; in the next step both are there."""
+    result, _ = run([[[0, 1]], [[0, 1]]], slots=2, terms={"group_ns": 9})
+    assert result.steps.compute.tolist() == [100 + 2 * (9 + 50) + 3, 100 + 9 + 2 * 50 + 3]
+
+
+def test_a_demand_crosses_in_one_copy():
+    result, log = run([[[0]]], slots=1, chunks=10, terms={"demand_ns": (0, *range(91, 1000, 91))})
+    assert [ns for ns, what, *_ in log if what == "landed"] == [107 + 910]
+    assert result.link_busy_ns == 910
+
+
+def test_shared_experts_run_while_the_host_decides():
+    """The gate ends at 100, its shared experts at 140; the host has issued at 127."""
+    hits = [[[0]], [[0]]]
+    result, _ = run(hits, slots=1, terms={"shared_ns": 40})
+    assert result.steps.compute.tolist() == [100 + 40 + 50 + 3] * 2
+    assert result.steps.host.tolist()[1] == 0
+    assert run(hits, slots=1)[0].steps.host.tolist()[1] == 27
+
+
+def test_the_link_waits_for_the_host_and_residents_do_not():
+    """Known at 107: the demand starts at 147, the resident of the second step is computed from 127 on as before."""
+    result, log = run([[[0]], [[0]]], slots=1, terms={"host_demand_ns": 40})
+    assert [ns for ns, what, *_ in log if what == "load"] == [147]
+    assert result.steps.duration.tolist()[1] == run([[[0]], [[0]]], slots=1)[0].steps.duration.tolist()[1]
+
+
+def test_looking_ahead_keeps_the_host_from_the_next_gate():
+    """Of layer 0 only, since layer 1 of the only step is the last event: the next gate is issued 400 later."""
+    free = run([[[0], [1]]], slots=2, predictor=ORACLE, prefetch=top_n())[0]
+    busy = run([[[0], [1]]], slots=2, predictor=ORACLE, prefetch=top_n(), terms={"host_ahead_ns": 2000})[0]
+    assert busy.end_ns > free.end_ns
+
+
+def test_kernels_are_slower_beside_a_link_that_moves():
+    """Attention of layer 1 runs beside the prefetch for it: 100 + 7. What lands last does not, for the link is idle then."""
+    result, _ = run([[[0], [1]]], slots=2, predictor=ORACLE, prefetch=top_n(), terms={"beside_ns": 7})
+    assert result.steps.compute.tolist() == [100 + (50 + 7) + (100 + 7) + 50 + 3]
+
+
+def test_a_prefetch_gives_way_only_after_the_chunks_that_the_copy_engine_has():
+    """As in the test above with 10 chunks of 100: the demand for 9 waits for one chunk more for each that is committed."""
+    lookahead = [[[[-1]], [[-1]]], [[[5]], [[-1]]]]
+    landed = {}
+    for committed in (0, 2):
+        terms = {"committed_chunks": committed}
+        _, log = run([[[0], [0]], [[0], [1]]], 4, 10, lookahead, predictor=GATE, prefetch=top_n(), terms=terms)
+        landed[committed] = next(ns for ns, what, key, _ in log if (what, key) == ("landed", 9))
+    assert landed[2] - landed[0] == 200
+
+
 def test_prefetch_hides_what_compute_covers():
     """The oracle's load of layer 1 starts when layer 0's own has landed, and is late by what layer 0 does not cover."""
     result, log = run([[[0], [1]]], slots=2, predictor=ORACLE, prefetch=top_n())

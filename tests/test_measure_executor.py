@@ -1,0 +1,123 @@
+"""Calibrating the executor: its marks taken apart, and constants that give back the times that they were made from."""
+
+import pytest
+import yaml
+from test_hardware import tiny_profile
+
+from real.calibration import Entry, executor_constants, executor_figures, profile_text
+from real.cells import GRID_MODELS, decoder_shape
+from real.decoder import ModelShape
+from real.measure_executor import CONTEXTS, LAYERS, MODELS, ROUNDS, ShapeTimes, measure_executor
+from sim.config import compose_config
+from sim.costs import make_costs
+from sim.hardware import make_hardware, model_spec
+from traces.errors import InputError
+
+MARK = 2.0
+
+
+def shape_times(**changes):
+    """Gate to residents 20 us, to the first copy 50; one expert 15 us and 5 from its landing on, eight together 48."""
+    span = lambda *ns: [each + MARK for each in ns]  # noqa: E731
+    found = {
+        "attention": {128: span(75_000, 75_000, 90_000), 4096: span(91_000)},
+        "shared": span(0),
+        "attention_beside": span(83_000),
+        "groups": {1: span(15_000), 8: span(48_000)},
+        "group_beside": span(27_000),
+        "step": span(125_000),
+        "copy_first": [240_000.0],
+        "copy_behind": [232_000.0],
+        "gate_issue": [4000.0, 5000.0, 9000.0],
+        "gate_to_residents": span(20_000),
+        "gate_to_copy": span(50_000),
+        "landing_to_experts": [5000.0],
+        "ahead": [600.0],
+        "step_issue": [10_000.0],
+        "mark": [MARK],
+    }
+    return ShapeTimes(**{**found, **changes})
+
+
+def values(shapes):
+    return {name: entry.value for name, entry in executor_constants(shapes).items()}
+
+
+def test_one_expert_that_was_waited_for_and_all_that_were_there_take_what_they_took():
+    found = values({"m": shape_times()})
+    assert found["models.m.expert_ns"] + found["models.m.group_ns"] == 15_000 + 5000
+    assert 8 * found["models.m.expert_ns"] + found["models.m.group_ns"] == 48_000
+    assert found["models.m.attention"] == [(128, 75_000), (4096, 91_000)]
+    assert (found["models.m.shared_ns"], found["models.m.step_ns"]) == (0, 125_000)
+
+
+def test_the_host_s_times_are_told_apart():
+    found = values({"m": shape_times()})
+    names = ("readout_ns", "expert_issue_ns", "demand_issue_ns", "ahead_ns", "gate_issue_ns", "step_ns")
+    assert [found[f"host.{name}"] for name in names] == [20_000, 0, 30_000, 600, 5000, 10_000]
+    assert found["compute.beside_ns"] == (8000 + 12_000) / 2
+
+
+def test_a_decision_that_shared_experts_hide_says_nothing_about_the_read_out():
+    shared = shape_times(shared=[30_000.0], gate_to_residents=[MARK])
+    assert values({"a": shape_times(), "b": shared})["host.readout_ns"] == 20_000
+    assert values({"b": shared})["host.readout_ns"] == 50_000  # nothing better is known
+
+
+def test_nothing_measured_is_nothing_written():
+    assert executor_constants({}) == {}
+    assert executor_figures({}) == {}
+
+
+def test_the_profile_holds_the_models_and_costs_are_theirs():
+    text = profile_text(
+        "box", "base", executor_constants({"tiny": shape_times()}), {"processors": 1, "processor": "x", "date": "y"}
+    )
+    written = yaml.safe_load(text)
+    profile = tiny_profile()
+    for group in ("link", "compute", "host"):
+        profile[group] |= written.get(group, {})
+    hardware = make_hardware({**profile, "models": written["models"]})
+    sizes = {"name": "tiny", "layers": 2, "experts": 8, "top_k": 8, "hidden_size": 4, "expert_width": 8}
+    model = model_spec({**sizes, "other_bytes": 100, "kv_bytes_per_token": 4, "expert_bytes": {"bf16": 192}})
+    import numpy as np
+
+    costs = make_costs(hardware, model, np.array([1, 1]), np.array([100, 4096]))
+    assert costs.attention_ns.tolist() == [75_000, 91_000]
+    assert costs.group_ns + costs.expert_ns[1] == 20_000
+    assert costs.step_ns.tolist() == [125_000] * 2
+    assert (costs.host_demand_ns, costs.beside_ns, costs.committed_chunks) == (30_000, 10_000, 1)
+
+
+def test_times_of_a_model_that_are_not_whole_are_refused():
+    times = {"group_ns": {"value": 1, "unit": "ns", "tag": "measured", "source": "x"}}
+    with pytest.raises(InputError, match=r"hardware\.models\.m\.attention is missing"):
+        make_hardware({**tiny_profile(), "models": {"m": times}})
+
+
+@pytest.mark.parametrize("name", GRID_MODELS)
+def test_measured_decoders_are_those_of_the_models(name):
+    assert MODELS[name] == decoder_shape(model_spec(compose_config("simulate", [f"model={name}"])["model"]))
+
+
+def test_the_runs_give_samples_of_everything_on_a_cpu_too():
+    steps = 2
+    found = measure_executor({"tiny": ModelShape(8, 8, 2, 16, 8, 8, 1, 32)}, lambda what: None, where="cpu", steps=steps)[
+        "tiny"
+    ]
+    events = ROUNDS * steps * LAYERS
+    assert sorted(found.attention) == list(CONTEXTS)
+    assert sorted(found.groups) == [1, 2]
+    assert [len(found.groups[count]) for count in (1, 2)] == [events, events]
+    assert (len(found.shared), len(found.gate_to_residents), len(found.step)) == (events, events, ROUNDS * steps)
+    assert len(found.copy_first) == len(found.copy_behind) == len(found.gate_to_copy) == events
+    assert min(min(found.shared), min(found.attention[CONTEXTS[0]])) > 0
+
+
+def test_an_entry_may_be_assumed():
+    assert "assumed" in profile_text(
+        "box",
+        "base",
+        {"link.chunk_bytes": Entry(4, "bytes", "so", tag="assumed")},
+        {"processors": 1, "processor": "x"} | {"date": "y"},
+    )
