@@ -6,11 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,12 +39,15 @@ from sim.config import (
 from sim.experiment import simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
+from sim.study import Outcome, run_study, status
 from traces.errors import InputError, nearest
 
 USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
+  sweep                   a study: sweep experiment=ranking, or axes of your own: sweep axes.system=[lru,fate]
+  status                  which points of every study are stored, and which are missing
   trace record            a real model's routing, as it generates (needs torch and transformers)
   validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
   calibrate               measure this machine and write its hardware profile
@@ -115,42 +123,117 @@ def _compare(words: list[str]) -> int:
 
 def _simulate(words: list[str]) -> int:
     if {"-m", "--multirun"} & set(words):
-        return _multirun([word for word in words if word not in ("-m", "--multirun")])
+        return _multirun("simulate", words)
     overrides, config_dir = _options("simulate", words)
     if overrides is None:
         return 0
-    _print_row(simulate(compose_config("simulate", overrides, config_dir)))
+    _say(_row_line(simulate(compose_config("simulate", overrides, config_dir))))
     return 0
 
 
-def _multirun(words: list[str]) -> int:
-    """Let Hydra sweep; every job stores its row and prints one line, and one that cannot run does not stop the others."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, who say them in a sentence
-    overrides, config_dir = _options("simulate", words)
+def _sweep(words: list[str]) -> int:
+    # Axes are an open mapping: their keys need not stand in a file.
+    words = [f"++{word}" if word.startswith("axes.") else word for word in words]
+    if {"-m", "--multirun"} & set(words):
+        return _multirun("sweep", words)
+    overrides, config_dir = _options("sweep", words)
+    if overrides is None:
+        return 0
+    with _Progress("points") as progress:
+        outcome = run_study(overrides, config_dir=config_dir, progress=progress)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in outcome.left_out:
+        errors.print(f"left out: {sentence}", markup=False)
+    _say(_study_line(outcome))
+    return 0
+
+
+def _study_line(outcome: Outcome) -> str:
+    name, results = outcome.study.name, outcome.study.results
+    return (
+        f"{name}: {outcome.stored} points stored, {outcome.computed} of them computed now; rows: {Path(results) / 'rows'}, "
+        f"which of them are the study's: {Path(results) / 'studies' / name}.json"
+    )
+
+
+def _status(words: list[str]) -> int:
+    config = _settings("status", words, "results")
+    if config is None:
+        return 0
+    found = status(config["results"])
+    if not found:
+        raise InputError(f"{config['results']}: no study was run here")
+    for study in found:
+        lines = [f"{study.name}: {study.stored} of {study.points} points stored, {len(study.missing)} missing"]
+        if study.cannot_run:
+            lines.append(f"  {len(study.cannot_run)} cannot run, the first: {next(iter(study.cannot_run.values()))}")
+        if study.missing:
+            lines.append("  the first missing: " + " ".join(f"{axis}={value}" for axis, value in study.missing[0].items()))
+        for line in lines:
+            _say(line)
+    return 0
+
+
+def _multirun(verb: str, words: list[str]) -> int:
+    """Let Hydra sweep with the launcher chosen; a job that cannot run does not stop the others."""
+    overrides, config_dir = _options(verb, [word for word in words if word not in ("-m", "--multirun")])
     if overrides is None:
         return 0
     overrides = expand(overrides)
-    found = [] if config_dir is None else ["--config-dir", str(Path(config_dir).absolute())]
-    faults: list[str] = []
-
-    def job(composed: DictConfig) -> None:
-        # Hydra would print a line of its own about an exception.
-        try:
-            _print_row(simulate(_job_config(composed)))
-        except InputError as error:
-            faults.append(str(error))
-
-    before, sys.argv = sys.argv, ["foregate", *overrides, "--multirun", *found]
+    found = None if config_dir is None else str(Path(config_dir).absolute())
+    job = partial(_job, verb, overrides, found, str(Path.cwd()), os.getpid())
+    search = create_config_search_path("pkg://conf")
+    if found is not None:
+        search.prepend("command-line", f"file://{found}", anchor="schema")
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
     try:
-        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulate")(job)()
+        # What `hydra.main` does, except that it keeps the jobs' results to itself.
+        hydra = Hydra.create_main_hydra2("foregate", search)
+        batches = hydra.multirun(verb, job, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(readable(error, "simulate", overrides, config_dir)) from error
+        raise InputError(readable(error, verb, overrides, found)) from error
     finally:
-        sys.argv = before
+        GlobalHydra.instance().clear()
+    returns: list[JobReturn] = [each for batch in batches for each in batch]
+    faults = []
+    for each in returns:
+        printed, lines, fault = each.return_value
+        for line in [] if printed else lines:
+            _say(line)
+        if fault is not None:
+            faults.append(fault)
     if faults:
         count = f"{len(faults)} points of the sweep could not run, the first: " if len(faults) > 1 else ""
         raise InputError(f"{count}{faults[0]}")
     return 0
+
+
+def _job(
+    verb: str, words: list[str], config_dir: str | None, folder: str, parent: int, composed: DictConfig
+) -> tuple[bool, list[str], str | None]:
+    """Run one job of a multirun, wherever the launcher put it; return whether its lines are printed, them, and a fault.
+
+    Exceptions are for defects: Hydra would print a line of its own about one, and only of the first job that has one.
+    """
+    if Path(folder).is_dir():
+        os.chdir(folder)  # relative paths mean what they mean where the command was given
+    here = os.getpid() == parent
+    chosen = list(HydraConfig.get().overrides.task)
+    try:
+        if verb == "simulate":
+            lines = [_row_line(simulate(_job_config(composed)))]
+        else:
+            swept = [word for word in chosen if word not in words]
+            study = "+".join([str(composed["study"]), *(word.replace("/", "_") for word in swept)])
+            outcome = run_study([*chosen, f"study={quoted(study)}"], config_dir=config_dir)
+            lines = [*(f"left out: {sentence}" for sentence in outcome.left_out), _study_line(outcome)]
+    except InputError as error:
+        return here, [], str(error)
+    if here:
+        for line in lines:
+            _say(line)
+    return here, lines, None
 
 
 def _job_config(composed: DictConfig) -> Config:
@@ -300,6 +383,8 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
+    "sweep": _sweep,
+    "status": _status,
     "validate": _validate,
     "calibrate": _calibrate,
     "trace import": _trace_import,
@@ -354,18 +439,19 @@ def _settings(config_name: str, words: list[str], positional: str) -> Config | N
     return config
 
 
-def _print_row(row: dict[str, Any]) -> None:
-    """Print one result in a line, or as much of it as matters first."""
-    _out().print(
+def _row_line(row: dict[str, Any]) -> str:
+    """Return one result in a line, or as much of it as matters first."""
+    return (
         f"{row['system']} at {row['budget']:.3g}: {row['tokens_per_s']:.1f} tokens/s, limited by {row['limited_by']} "
         f"(ms per token: compute {row['compute_ms_per_token']:.2f}, wait {row['wait_ms_per_token']:.2f}, "
         f"host {row['host_ms_per_token']:.2f}), {row['hit_rate']:.1%} hits, {row['moved_mb_per_token']:.0f} MB per token; "
         f"{row['trace']}{' (SYNTHETIC ROUTING)' if row['trace_kind'] == 'synthetic' else ''} priced as {row['model']} on "
-        f"{row['hardware']}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"{row['hardware']}"
     )
+
+
+def _say(line: str) -> None:
+    _out().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Output(Console):

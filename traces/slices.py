@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,23 @@ def slice_requests(trace: Trace, requests: Sequence[int]) -> Trace:
     if len(np.unique(chosen)) != chosen.size:
         raise InputError(f"requests: {list(requests)} names a request twice; each may be named once")
     return _part(trace, np.flatnonzero(np.isin(trace.request, chosen)), chosen)
+
+
+def split_requests(trace: Trace) -> tuple[list[int], list[int]]:
+    """Return the requests of `trace` in two parts that share none: of every domain every other one, in order.
+
+    The first part has the larger half of each domain. Requests without tokens are in neither. Raises `InputError` where
+    the second part would be empty.
+    """
+    halves: tuple[list[int], list[int]] = ([], [])
+    seen: Counter[str] = Counter()
+    for request in np.unique(trace.request).tolist():
+        domain = trace.domains[request]
+        halves[seen[domain] % 2].append(request)
+        seen[domain] += 1
+    if not halves[1]:
+        raise InputError(f"the trace has no two requests of one domain ({len(halves[0])} in all): it cannot be split")
+    return halves
 
 
 def take_tokens(trace: Trace, count: int) -> Trace:
