@@ -39,7 +39,8 @@ from sim.config import (
 from sim.experiment import simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
-from sim.study import Outcome, run_study, status
+from sim.search import search
+from sim.study import Outcome, as_word, run_study, status
 from traces.errors import InputError, nearest
 
 USAGE = """foregate VERB [overrides]
@@ -47,6 +48,7 @@ USAGE = """foregate VERB [overrides]
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
   sweep                   a study: sweep experiment=ranking, or axes of your own: sweep axes.system=[lru,fate]
+  search                  parameters tuned on half of the requests, reported on the others: search experiment=tuning
   status                  which points of every study are stored, and which are missing
   trace record            a real model's routing, as it generates (needs torch and transformers)
   validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
@@ -154,6 +156,27 @@ def _study_line(outcome: Outcome) -> str:
         f"{name}: {outcome.stored} points stored, {outcome.computed} of them computed now; rows: {Path(results) / 'rows'}, "
         f"which of them are the study's: {Path(results) / 'studies' / name}.json"
     )
+
+
+def _search(words: list[str]) -> int:
+    words = [f"++{word}" if word.startswith("space.") else word for word in words]
+    overrides, config_dir = _options("search", words)
+    if overrides is None:
+        return 0
+    with _Progress("trials", "{done} of {total} trials done") as progress:
+        found = search(overrides, config_dir=config_dir, progress=progress)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in found.failed:
+        errors.print(f"could not run: {sentence}", markup=False)
+    parameters = ", ".join(
+        f"{name} {as_word(found.before[name])} -> {as_word(value)}" for name, value in found.after.items()
+    )
+    _say(f"{found.system}: {parameters} (the fastest of {found.trials} trials)")
+    for name, each in (("the requests it was tuned on", found.tuning), ("the requests held out", found.held_out)):
+        interval = "too few to say" if each.is_real is None else f"{each.low:.3f} to {each.high:.3f}"
+        _say(f"  {name} ({each.requests}): {each.ratio:.3f}x as fast as before ({interval})")
+    _say(f"  gap: {100 * found.gap:.1f} points; rows: {Path(found.study.results) / 'rows'}")
+    return 0
 
 
 def _status(words: list[str]) -> int:
@@ -384,6 +407,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
     "sweep": _sweep,
+    "search": _search,
     "status": _status,
     "validate": _validate,
     "calibrate": _calibrate,

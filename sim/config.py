@@ -32,6 +32,9 @@ _TYPES = {
     "study": ((str,), "a name"),
     "axes": ((dict,), "a mapping such as {system: [lru, fate], budget: [0.25, 0.5]}"),
     "baselines": ((list,), "a list of systems, such as [lru, clairvoyant]"),
+    "space": ((dict,), "a mapping such as {prefetch: {depth: [1, 2, 3]}}"),
+    "trials": ((int,), "a whole number of at least 1"),
+    "at_once": ((int,), "a whole number of at least 1"),
     "plugins": ((list,), "a list of packages, such as [mine]"),
     "results": ((str,), "a folder"),
     "json": ((bool,), "true or false"),
@@ -69,8 +72,8 @@ _RUN = (
     "plugins",
     "results",
 )
-_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "jobs", "json", "study", "axes", "baselines")
-"""Settings of a run, a comparison or a study."""
+_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "jobs", "json", "study", "axes", "baselines", "space", "trials", "at_once")
+"""Settings of a run, a comparison, a study or a search."""
 
 
 def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
@@ -142,6 +145,8 @@ def check_types(config: Config) -> None:
 
 
 def _out_of_range(name: str, value: Any) -> bool:
+    if name in ("trials", "at_once"):
+        return bool(value < 1)
     return (name == "seed" and value < 0) or (name == "link_gb_per_s" and value is not None and not 0 < value < float("inf"))
 
 

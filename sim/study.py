@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from joblib.externals.loky.process_executor import TerminatedWorkerError  # type: ignore[import-untyped]
+from joblib.parallel import get_active_backend  # type: ignore[import-untyped]
 
 from sim import store
 from sim.config import (
@@ -66,7 +67,9 @@ class Study:
     results: str
     overrides: list[str]
     points: list[Point]
-    left_out: list[str]
+    jobs: int
+    """Processes; -1 is one per core."""
+    left_out: Sequence[str] = ()
     """A sentence for every system that the trace cannot serve."""
 
 
@@ -94,17 +97,12 @@ def run_study(
     what) as points are done. A worker that is killed is replaced; points that cannot run (a budget too small for a system)
     are left out with a sentence. Raises InputError for bad input, before anything runs, and where no point can run.
     """
-    base = compose_unnamed("sweep", overrides, config_dir)
     study = plan(overrides, config_dir)
-    workers(base["jobs"], 1)  # refuses what is no number of processes before anything is written
-    stored = store.stored_keys(study.results)
-    todo = {point.key: point for point in study.points if point.key not in stored}
-    _write(study, {})
-    faults: dict[str, str] = {}
-    computed = _run_all(todo, study, base["jobs"], faults, progress)
+    write_study(study, {})
+    computed, faults = run_points(study, study.points, progress)
     store.compact(study.results)
     if faults:
-        _write(study, faults)
+        write_study(study, faults)
     keys = {point.key for point in study.points}
     left_out = sorted({*study.left_out, *faults.values()})
     if len(faults) == len(keys):
@@ -117,9 +115,7 @@ def plan(overrides: Sequence[str] = (), config_dir: str | None = None) -> Study:
     base = compose_unnamed("sweep", overrides, config_dir)
     check_config(base)
     one_of("engine", base["engine"], ENGINES)
-    name = base["study"]
-    if not re.fullmatch(r"[\w+=.,-]+", name) or name.startswith("."):
-        raise InputError(f"study is '{name}': it names a file and is made of letters, digits, '_', '-', '+', '=' and '.'")
+    check_study(base)
     axes = _axes(base, overrides, config_dir)
     points: dict[str, Point] = {}
     left_out: list[str] = []
@@ -143,7 +139,16 @@ def plan(overrides: Sequence[str] = (), config_dir: str | None = None) -> Study:
         points.setdefault(key, Point(config, values, key))
     if not points:
         raise InputError(f"no point of the study can run: {left_out[0]}")
-    return Study(name, base["results"], list(overrides), list(points.values()), sorted(set(left_out)))
+    study = Study(base["study"], base["results"], list(overrides), list(points.values()), base["jobs"])
+    return replace(study, left_out=sorted(set(left_out)))
+
+
+def check_study(base: Config) -> None:
+    """Raise InputError where a study's name is no file's, or its number of processes none."""
+    name = base["study"]
+    if not re.fullmatch(r"[\w+=.,-]+", name) or name.startswith("."):
+        raise InputError(f"study is '{name}': it names a file and is made of letters, digits, '_', '-', '+', '=' and '.'")
+    workers(base["jobs"], 1)
 
 
 # ---- what a study on disk says -----------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def _file(results: str | os.PathLike[str], name: str) -> Path:
     return Path(results) / "studies" / f"{name}.json"
 
 
-def _write(study: Study, faults: Mapping[str, str]) -> None:
+def write_study(study: Study, faults: Mapping[str, str]) -> None:
     """Write down which rows a study consists of, and which of them cannot be."""
     content = {
         "study": study.name,
@@ -230,7 +235,7 @@ def _axes(base: Config, overrides: Sequence[str], config_dir: str | None) -> dic
     """Return the values of every axis, by the name of its setting, in the order of the file."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     axes: dict[str, list[Any]] = {}
-    for name, values in _flat(base["axes"]):
+    for name, values in flat(base["axes"]):
         where = f"axes.{name}"
         group = name.partition(".")[0]
         if group not in base or name in _NOT_AN_AXIS:
@@ -254,11 +259,11 @@ def _axes(base: Config, overrides: Sequence[str], config_dir: str | None) -> dic
     return axes
 
 
-def _flat(axes: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(axes: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Give every axis with its dotted name; ``prefetch: {depth: [1]}`` is ``prefetch.depth: [1]``."""
     for name, values in axes.items():
         if isinstance(values, Mapping) and values:
-            yield from _flat(values, f"{path}{name}.")
+            yield from flat(values, f"{path}{name}.")
         else:
             yield f"{path}{name}", values
 
@@ -281,6 +286,7 @@ def _configs(
     def made(system_words: list[str], names: list[str]) -> Iterator[tuple[Config, dict[str, Any]]]:
         composed = plain(compose_unnamed("sweep", [*own, *system_words], config_dir), without=_OF_A_STUDY)
         check_config(composed)
+        system = composed["system"].get("name")
         of_system = dict(word.split("=", 1) for word in system_words)
         for values in product(*(axes[name] for name in names)):
             config, settings = dict(composed), dict(zip(names, values, strict=True))
@@ -288,10 +294,10 @@ def _configs(
                 config[name] = options_of[name, settings[name]]
             for name in changed:
                 if name in settings:
-                    config = _with(config, name.split("."), settings[name], name, composed["system"].get("name"))
+                    config = with_value(config, name.split("."), settings[name], f"axes.{name}", system)
             for name in ("system", "hardware"):
                 config[name] = dict(config[name])
-            changes = [f"{name}={_as_word(value)}" for name, value in settings.items()]
+            changes = [f"{name}={as_word(value)}" for name, value in settings.items()]
             name_system(config, [*own, *system_words, *changes])
             yield config, {name: of_system.get(name, settings.get(name)) for name in axes if name in of_system | settings}
 
@@ -303,19 +309,23 @@ def _configs(
         yield from made([f"system={name}"], [name for name in axes if name != "system" and not changes_system(name)])
 
 
-def _with(config: Config, path: list[str], value: Any, axis: str, system: Any) -> Config:
-    """Return a copy of `config` in which the setting at `path` has another value; what is not on the path is shared."""
+def with_value(config: Config, path: list[str], value: Any, where: str, system: Any) -> Config:
+    """Return a copy of `config` in which the setting at `path` has another value; what is not on the path is shared.
+
+    Raises InputError, which calls the value `where`, unless the configuration of `system` has that setting.
+    """
     name, *rest = path
     if name not in config or (rest and not isinstance(config[name], Mapping)):
         known = [str(key) for key in config if key != "_target_"]
-        choice = nearest(name, known) if known else f"the {axis.partition('.')[0]} chosen takes no parameters"
-        raise InputError(f"axes.{axis}: system '{system}' has no such setting: {choice}")
+        raise InputError(
+            f"{where}: system '{system}' has no such setting: {nearest(name, known) if known else 'it takes no parameters'}"
+        )
     if not rest and isinstance(config[name], Mapping) and not isinstance(value, Mapping):
-        raise InputError(f"axes.{axis} holds {value!r}, but '{axis}' is a group of settings: {', '.join(config[name])}")
-    return {**config, name: _with(config[name], rest, value, axis, system) if rest else value}
+        raise InputError(f"{where} holds {value!r}, but it is a group of settings: {', '.join(config[name])}")
+    return {**config, name: with_value(config[name], rest, value, where, system) if rest else value}
 
 
-def _as_word(value: Any) -> str:
+def as_word(value: Any) -> str:
     """Return a value as one writes it in an override."""
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -323,23 +333,28 @@ def _as_word(value: Any) -> str:
 # ---- running -----------------------------------------------------------------------------------------------------
 
 
-def _run_all(todo: dict[str, Point], study: Study, jobs: int, faults: dict[str, str], progress: Progress) -> int:
-    """Run all points of `todo`, replacing workers that are killed, and return how many; `faults` receives the others."""
-    total = len(study.points)
+def run_points(study: Study, points: Sequence[Point], progress: Progress) -> tuple[int, dict[str, str]]:
+    """Run those of the points that are not stored; return how many ran, and why the others cannot, by key.
+
+    A worker that is killed is replaced, and what it had not stored runs again.
+    """
+    stored = store.stored_keys(study.results)
+    todo = {point.key: point for point in points if point.key not in stored}
+    faults: dict[str, str] = {}
     computed = 0
     while todo:
         before = len(todo)
         try:
-            for batch in _results(list(todo.values()), jobs):
+            for batch in _results(list(todo.values()), study.jobs):
                 for key, what, fault in batch:
                     del todo[key]
-                    if fault is not None:
-                        faults[key] = fault
-                    else:
+                    if fault is None:
                         computed += 1
-                        if computed % _COMPACT_EVERY == 0:
-                            store.compact(study.results)
-                    progress(total - len(todo), total, what)
+                    else:
+                        faults[key] = fault
+                    progress(len(points) - len(todo), len(points), what)
+                    if fault is None and computed % _COMPACT_EVERY == 0:
+                        store.compact(study.results)
         except TerminatedWorkerError as error:
             stored = store.stored_keys(study.results)
             for key in [key for key in todo if key in stored]:
@@ -347,10 +362,11 @@ def _run_all(todo: dict[str, Point], study: Study, jobs: int, faults: dict[str, 
                 computed += 1
             if len(todo) == before:
                 raise InputError(
-                    f"a worker was killed before it finished a point, again and again ({len(todo)} of {total} points are "
-                    "left): is there enough memory? finished results are kept, the same command goes on; jobs=1 needs least"
+                    f"a worker was killed before it finished a point, again and again ({len(todo)} of {len(points)} points "
+                    "are left): is there enough memory? finished results are kept, the same command goes on; jobs=1 needs "
+                    "least"
                 ) from error
-    return computed
+    return computed, faults
 
 
 def _results(points: list[Point], jobs: int) -> Iterator[list[tuple[str, str, str | None]]]:
@@ -382,8 +398,10 @@ def _run(key: str, config: Config) -> tuple[str, str, str | None]:
 
 
 def workers(jobs: Any, tasks: int) -> int:
-    """Return how many processes to use; inside a launcher's own worker as many as were asked for, or one."""
+    """Return how many processes to use for so many tasks; one where we already are one of joblib's."""
     if type(jobs) is not int or jobs == 0 or jobs < -1:
         raise InputError(f"jobs is {jobs!r}: it must be a number of processes, or -1 for one per core")
+    if get_active_backend()[0].nesting_level:
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores if jobs == -1 else jobs, tasks))
