@@ -207,8 +207,9 @@ def _speeds(results: str, points: Sequence[Point]) -> dict[str, float]:
 
 def _compare(results: str, after: Point, before: Point) -> Comparison:
     rows = store.read_rows(results, [after.key, before.key], columns=["key", "system", *store.LISTS])
-    by_key: dict[str, Mapping[str, Any]] = {row["key"]: row for row in rows.to_dict("records")}
-    return compare_speed(by_key[after.key], by_key[before.key])
+    by_key = {str(row["key"]): row for row in rows.to_dict("records")}
+    pair = [{str(name): value for name, value in by_key[point.key].items()} for point in (after, before)]
+    return compare_speed(pair[0], pair[1])
 
 
 def _words(values: Mapping[str, Any]) -> str:

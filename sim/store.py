@@ -267,6 +267,7 @@ def _read(
             together = _table(parts, columns, condition)
         except _ERRORS as error:
             if not all(path.is_file() for path in (*loose, *parts)):
+                time.sleep(0.01)
                 continue  # moved into a part while we read
             raise _first_bad([*loose, *parts]) or InputError(f"{directory}: results cannot be read: {error}") from error
         # A listing that ran while files were moved may have missed both the file and the part.
@@ -300,23 +301,23 @@ def _has_nulls(table: pa.Table) -> bool:
 
 
 def _files(directory: str | os.PathLike[str], keys: list[str] | None) -> tuple[list[Path], list[Path]]:
-    """Return the files of one row and the parts to read."""
+    """Return the files of one row and the parts to read; a row that is in a part is read there, for its file may go."""
+    # First the files, then the parts: a file only goes away when its row is in a part.
+    files = _loose(directory) if keys is None else [path for key in keys if (path := _path(directory, key)).is_file()]
+    parts = _part_keys(directory)
+    held = frozenset().union(*parts.values())
+    loose = [path for path in files if path.stem not in held]
     if keys is None:
-        loose, parts = _loose(directory), _parts(directory)
         if not loose and not parts:
             raise InputError(f"{directory}: no results: there is no file rows/*.parquet")
-        return loose, parts
+        return loose, list(parts)
     if not keys:
         raise InputError(f"{directory}: no results are asked for")
-    files = {key: _path(directory, key) for key in keys}
-    loose = [path for path in files.values() if path.is_file()]
-    elsewhere = set(keys) - {path.stem for path in loose}
-    holding = {part: found for part, found in (_part_keys(directory) if elsewhere else {}).items() if elsewhere & found}
-    absent = elsewhere.difference(*holding.values())
+    alone = {path.stem for path in loose}
+    absent = [key for key in keys if key not in alone and key not in held]
     if absent:
-        first = next(key for key in keys if key in absent)
-        raise InputError(f"{directory}: {len(absent)} of {len(keys)} results are not stored, the first is {first}")
-    return loose, list(holding)
+        raise InputError(f"{directory}: {len(absent)} of {len(keys)} results are not stored, the first is {absent[0]}")
+    return loose, [part for part, found in parts.items() if not found.isdisjoint(keys)]
 
 
 def _flush(path: Path) -> None:

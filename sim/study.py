@@ -46,6 +46,8 @@ Progress = Callable[[int, int, str], None]
 _OF_A_STUDY = ("study", "axes", "baselines", "jobs")
 _NOT_AN_AXIS = (*_OF_A_STUDY, "results", "plugins", "systems", "json", "experiment")
 _COMPACT_EVERY = 500
+_FRUITLESS = 5
+"""How often in a row workers may be killed without having finished anything, before we give up."""
 
 
 class Point(NamedTuple):
@@ -130,8 +132,9 @@ def plan(overrides: Sequence[str] = (), config_dir: str | None = None) -> Study:
             costs_of(config, workload)  # refuses a model or machine that cannot be priced
             priced.add(what)
             kept.append((workload, config))
+        composition = composition_of(config)
         try:
-            composition_of(config).check(workload.trace.capabilities(), trace_name(config))
+            composition.check(workload.trace.capabilities(), trace_name(config))
         except InputError as error:
             left_out.append(str(error))
             continue
@@ -284,7 +287,8 @@ def _configs(
     }
 
     def made(system_words: list[str], names: list[str]) -> Iterator[tuple[Config, dict[str, Any]]]:
-        composed = plain(compose_unnamed("sweep", [*own, *system_words], config_dir), without=_OF_A_STUDY)
+        chosen_anew = compose_unnamed("sweep", [*own, *system_words], config_dir) if system_words else base
+        composed = plain(chosen_anew, without=_OF_A_STUDY)
         check_config(composed)
         system = composed["system"].get("name")
         of_system = dict(word.split("=", 1) for word in system_words)
@@ -341,7 +345,7 @@ def run_points(study: Study, points: Sequence[Point], progress: Progress) -> tup
     stored = store.stored_keys(study.results)
     todo = {point.key: point for point in points if point.key not in stored}
     faults: dict[str, str] = {}
-    computed = 0
+    computed = fruitless = 0
     while todo:
         before = len(todo)
         try:
@@ -360,11 +364,11 @@ def run_points(study: Study, points: Sequence[Point], progress: Progress) -> tup
             for key in [key for key in todo if key in stored]:
                 del todo[key]
                 computed += 1
-            if len(todo) == before:
+            fruitless = fruitless + 1 if len(todo) == before else 0
+            if fruitless == _FRUITLESS:
                 raise InputError(
-                    f"a worker was killed before it finished a point, again and again ({len(todo)} of {len(points)} points "
-                    "are left): is there enough memory? finished results are kept, the same command goes on; jobs=1 needs "
-                    "least"
+                    f"workers were killed {_FRUITLESS} times before they finished a point ({len(todo)} of {len(points)} are "
+                    "left): is there enough memory? finished results are kept, the same command goes on; jobs=1 needs least"
                 ) from error
     return computed, faults
 
