@@ -112,9 +112,7 @@ def _settings(overrides: Sequence[str], config_dir: str | None) -> tuple[Config,
         raise InputError("trace.requests is the search's own: it tunes on one half and reports on the other")
     space = dict(flat_space(base["space"]))
     if not space:
-        raise InputError(
-            "space is empty: choose experiment=tuning, or name a parameter, such as space.prefetch.depth=[1,2,3]"
-        )
+        raise InputError("space is empty: choose experiment=tuning, or name a parameter: space.prefetch.depth=[1,2,3]")
     for name, choice in space.items():
         _check_choice(f"space.{name}", choice)
     own = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _OF_A_SEARCH]

@@ -162,7 +162,8 @@ def read_rows(
     places: dict[str, int] = {}
     for place, key in enumerate(table["key"].to_pylist()):
         places.setdefault(key, place)
-    table = table.take([places[key] for key in (sorted(places) if wanted is None else wanted) if key in places])
+    order = [places[key] for key in (sorted(places) if wanted is None else wanted) if key in places]
+    table = table.take(pa.array(order, pa.int64()))
     lists = [name for name in LISTS if name in columns]
     frame: pd.DataFrame = table.drop_columns(lists).to_pandas()
     for name in lists:

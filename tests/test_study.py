@@ -113,7 +113,10 @@ REFUSED = {
         "prefetch.depth is 'deep': it must be a whole number",
     ),
     "wrong budget": (["++axes.budget=[0.5,abc]"], "budget is 'abc': it must be a fraction of all experts above 0 and at "),
-    "a value for a group": (["++axes.hardware.link=[3]"], "axes.hardware.link holds 3, but it is a group of settings: h2d, "),
+    "a value for a group": (
+        ["++axes.hardware.link=[3]"],
+        "axes.hardware.link holds 3, but it is a group of settings: ",
+    ),
     "wrong constant": (
         ["++axes.hardware.host.readout_ns.value=[-1]"],
         "hardware.host.readout_ns.value is -1: it must be a whole number of ns, at least 0",
@@ -129,7 +132,10 @@ REFUSED = {
     "no jobs": (["++axes.budget=[0.5]", "jobs=0"], "jobs is 0: it must be a number of processes, or -1 for one per core"),
     "a search": (["experiment=tuning"], "axes is empty: choose an experiment=NAME, or name an axis, "),
     "none can run": (["++axes.system=[fate]"], "no point of the study can run: system 'fate': its predictor "),
-    "unknown experiment": (["experiment=rankin"], "experiment=rankin: experiment 'rankin' is unknown: did you mean 'ranking'"),
+    "unknown experiment": (
+        ["experiment=rankin"],
+        "experiment=rankin: experiment 'rankin' is unknown: did you mean ",
+    ),
 }
 
 

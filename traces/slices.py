@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,20 +35,15 @@ def slice_requests(trace: Trace, requests: Sequence[int]) -> Trace:
 
 
 def split_requests(trace: Trace) -> tuple[list[int], list[int]]:
-    """Return the requests of `trace` in two parts that share none: of every domain every other one, in order.
+    """Return the requests of `trace` in two parts that share none: every other one, counted domain by domain.
 
-    The first part has the larger half of each domain. Requests without tokens are in neither. Raises `InputError` where
-    the second part would be empty.
+    Both parts so have half of every domain, give or take one request. Requests without tokens are in neither. Raises
+    `InputError` where there is only one.
     """
-    halves: tuple[list[int], list[int]] = ([], [])
-    seen: Counter[str] = Counter()
-    for request in np.unique(trace.request).tolist():
-        domain = trace.domains[request]
-        halves[seen[domain] % 2].append(request)
-        seen[domain] += 1
-    if not halves[1]:
-        raise InputError(f"the trace has no two requests of one domain ({len(halves[0])} in all): it cannot be split")
-    return halves
+    requests = sorted(np.unique(trace.request).tolist(), key=lambda request: (trace.domains[request], request))
+    if len(requests) < 2:
+        raise InputError("the trace has one request: it takes two to split it into parts that share none")
+    return sorted(requests[::2]), sorted(requests[1::2])
 
 
 def take_tokens(trace: Trace, count: int) -> Trace:
