@@ -37,7 +37,6 @@ from sim.config import (
     readable,
 )
 from sim.experiment import simulate, trace_path, trace_tokens
-from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
 from sim.search import search
 from sim.study import Outcome, as_word, run_study, status
@@ -118,6 +117,8 @@ def _compare(words: list[str]) -> int:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for sentence in left_out:
         errors.print(f"left out: {sentence}", markup=False)
+    from sim.figures import ranking_figure  # matplotlib takes half a second to import
+
     figure = ranking_figure(rows, Path(base["results"]) / "ranking.png")
     errors.print(f"figure: {figure}; rows: {Path(base['results']) / 'rows'}", markup=False)
     return 0

@@ -118,7 +118,7 @@ def plan(overrides: Sequence[str] = (), config_dir: str | None = None) -> Study:
     check_config(base)
     one_of("engine", base["engine"], ENGINES)
     check_study(base)
-    axes = _axes(base, overrides, config_dir)
+    axes = axes_of(base, overrides, config_dir)
     points: dict[str, Point] = {}
     left_out: list[str] = []
     priced: set[tuple[int, ...]] = set()
@@ -234,7 +234,7 @@ def _read(results: str | os.PathLike[str], name: str) -> Any:
 # ---- axes and points ---------------------------------------------------------------------------------------------
 
 
-def _axes(base: Config, overrides: Sequence[str], config_dir: str | None) -> dict[str, list[Any]]:
+def axes_of(base: Config, overrides: Sequence[str], config_dir: str | None) -> dict[str, list[Any]]:
     """Return the values of every axis, by the name of its setting, in the order of the file."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     axes: dict[str, list[Any]] = {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -11,9 +12,9 @@ from builders import make_trace
 import sim.study
 from sim import store
 from sim.cli import main
-from sim.config import compose_config, options
+from sim.config import compose_config, compose_unnamed, options
 from sim.experiment import key_of, simulate, workload_of
-from sim.study import plan, read_study, run_points, run_study, status
+from sim.study import axes_of, plan, read_study, run_points, run_study, status
 from traces import InputError, save_trace
 
 STEPS = [[[0, 1], [0, 1]], [[2, 3], [2, 3]], [[0, 4], [0, 4]], [[0, 1], [2, 0]], [[2, 0], [1, 3]]]
@@ -91,10 +92,31 @@ def test_a_value_of_the_command_line_comes_last(tiny):
     assert study.points[0].axes == {"system": "fate", "prefetch.depth": 3, "budget": 0.5}
 
 
+REFUSED_AXES = {
+    "none": ({}, "axes is empty: choose an experiment=NAME, or name an axis, such as axes.system=[lru,fate]"),
+    "unknown": ({"budgt": [1]}, "axes.budgt: 'budgt' is no setting of a run: did you mean 'budget'? known: "),
+    "not of a run": ({"results": ["a"]}, "axes.results: 'results' is no setting of a run: "),
+    "no list": ({"budget": 0.5}, "axes.budget is 0.5: it must be a list of values, such as [0.5]"),
+    "empty": ({"budget": []}, "axes.budget is empty: name at least one value, or take the axis out with ~axes.budget"),
+    "unknown option": ({"system": ["lruu"]}, "axes.system is 'lruu': did you mean 'lru'? known: arc, "),
+    "all of no group": ({"budget": "all"}, "axes.budget is 'all': it must be a list of values, such as [all]"),
+    "given twice": ({"seed": [1]}, "seed is an axis of this study: change its values with axes.seed=[...]"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_AXES)
+def test_a_wrong_axis_is_refused(what):
+    axes, sentence = REFUSED_AXES[what]
+    with pytest.raises(InputError, match=f"^{re.escape(sentence)}"):
+        axes_of({**base(), "axes": axes}, ["seed=2"], None)
+
+
+@cache
+def base():
+    return compose_unnamed("sweep")
+
+
 REFUSED = {
-    "no axis": ([], "axes is empty: choose an experiment=NAME, or name an axis, such as axes.system=[lru,fate]"),
-    "unknown axis": (["++axes.budgt=[1]"], "axes.budgt: 'budgt' is no setting of a run: did you mean 'budget'? known: "),
-    "not of a run": (["++axes.results=[a]"], "axes.results: 'results' is no setting of a run: "),
     "unknown parameter": (
         ["++axes.prefetch.dept=[1]", "system=fate"],
         "axes.prefetch.dept: system 'fate' has no such setting: did you mean 'depth'? known: depth, percentile",
@@ -103,9 +125,6 @@ REFUSED = {
         ["++axes.eviction.decay=[1]"],
         "axes.eviction.decay: system 'lru' has no such setting: it takes no parameters",
     ),
-    "no list": (["++axes.budget=0.5"], "axes.budget is 0.5: it must be a list of values, such as [0.5]"),
-    "empty": (["++axes.budget=[]"], "axes.budget is empty: name at least one value, or take the axis out with ~axes.budget"),
-    "unknown option": (["++axes.system=[lruu]"], "axes.system is 'lruu': did you mean 'lru'? known: arc, "),
     "wrong type": (["++axes.seed=[0,a]"], "seed is 'a': it must be a whole number of at least 0"),
     "wrong link": (["++axes.link_gb_per_s=[0]"], "link_gb_per_s is 0: it must be a number of GB/s above 0, or null for "),
     "wrong parameter": (
@@ -113,29 +132,18 @@ REFUSED = {
         "prefetch.depth is 'deep': it must be a whole number",
     ),
     "wrong budget": (["++axes.budget=[0.5,abc]"], "budget is 'abc': it must be a fraction of all experts above 0 and at "),
-    "a value for a group": (
-        ["++axes.hardware.link=[3]"],
-        "axes.hardware.link holds 3, but it is a group of settings: ",
-    ),
+    "a value for a group": (["++axes.hardware.link=[3]"], "axes.hardware.link holds 3, but it is a group of settings: "),
     "wrong constant": (
         ["++axes.hardware.host.readout_ns.value=[-1]"],
         "hardware.host.readout_ns.value is -1: it must be a whole number of ns, at least 0",
-    ),
-    "given twice": (
-        ["++axes.system=[lru]", "system=fate"],
-        "system is an axis of this study: change its values with axes.system=[...]",
     ),
     "unknown baseline": (["++axes.budget=[0.5]", "baselines=[lruu]"], "baselines is 'lruu': did you mean 'lru'? known: "),
     "baselines no list": (["++axes.budget=[0.5]", "baselines=lru"], "baselines is 'lru': it must be a list of systems, "),
     "axes no mapping": (["++axes=3"], "axes is 3: it must be a mapping such as "),
     "no name": (["++axes.budget=[0.5]", "study=a/b"], "study is 'a/b': it names a file and is made of letters, "),
     "no jobs": (["++axes.budget=[0.5]", "jobs=0"], "jobs is 0: it must be a number of processes, or -1 for one per core"),
-    "a search": (["experiment=tuning"], "axes is empty: choose an experiment=NAME, or name an axis, "),
     "none can run": (["++axes.system=[fate]"], "no point of the study can run: system 'fate': its predictor "),
-    "unknown experiment": (
-        ["experiment=rankin"],
-        "experiment=rankin: experiment 'rankin' is unknown: did you mean ",
-    ),
+    "unknown experiment": (["experiment=rankin"], "experiment=rankin: experiment 'rankin' is unknown: did you mean "),
 }
 
 
@@ -149,15 +157,16 @@ def test_what_is_wrong_is_refused_before_anything_runs(tiny, tmp_path, what):
 
 # ---- experiments -----------------------------------------------------------------------------------------
 
-SMALLER = {"ranking": ["++axes.system=[lru,fate]"]}
+FEWER = {name: ["++axes.system=[lru,fate]"] for name in ("ranking", "budget_curves", "hardware_crossover")}
 """Every system is composed by another test, and takes its time."""
 
 
 @pytest.mark.parametrize("name", [name for name in options("experiment") if name != "tuning"])
 def test_every_experiment_runs(tmp_path, name):
     small = ["trace.tokens=12", "engine=reference", "jobs=1", f"results='{tmp_path}'"]
-    study = plan([f"experiment={name}", *small, *SMALLER.get(name, [])])
+    study = plan([f"experiment={name}", *small, *FEWER.get(name, [])])
     assert (study.name, study.left_out) == (name, [])
+    axes_of(compose_unnamed("sweep", [f"experiment={name}"]), [], None)  # which systems it names
     points = [*study.points[::9], study.points[-1]]
     assert run_points(study, points, lambda done, total, what: None) == (len({p.key for p in points}), {})
     assert set(store.read_rows(tmp_path)["key"]) == {point.key for point in points}
