@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,26 +40,29 @@ def main() -> None:
         points = study.points[:: arguments.every]
         for point in points[:: max(1, len(points) // 40)]:  # loads the compiled code
             simulate({**point.config, "results": str(Path(folder) / "warm")})
-        bare = 0.0
+        start = time.process_time()
         for point in points:
-            start = time.perf_counter()
             simulate({**point.config, "results": str(Path(folder) / "bare")}, resume=False)
-            bare += time.perf_counter() - start
-        bare *= len(study.points) / len(points)
+        bare = (time.process_time() - start) * len(study.points) / len(points)
         start = time.perf_counter()
         rows = read_study(results, "thousand")
         reading = time.perf_counter() - start
     print(f"{machine()}; {len(rows)} points on {what}")
-    print(f"the sweep: {cold:.1f} s; the same again, when all is stored: {again:.1f} s")
-    print(f"its points one after another in one process: {bare:.1f} s, or {1e3 * bare / len(rows):.1f} ms each")
+    for name, (seconds, cpu) in (("the sweep", cold), ("the same again, when all is stored", again)):
+        print(f"{name}: {seconds:.1f} s, {cpu:.1f} s of processor time in all processes")
+    print(
+        f"its points in one process, one after another: {bare:.1f} s of processor time, {1e3 * bare / len(rows):.1f} ms each"
+    )
     print(f"reading all its rows: {reading:.2f} s")
 
 
-def sweep(words: list[str], results: Path) -> float:
-    """Return the seconds of a sweep as a command."""
-    start = time.perf_counter()
+def sweep(words: list[str], results: Path) -> tuple[float, float]:
+    """Return the seconds of a sweep as a command, and its processor seconds, those of its workers included."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "sim.cli", "sweep", *words, f"results={results}"], check=True, capture_output=True)
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, cpu
 
 
 if __name__ == "__main__":
