@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from sim.budget import parse_budget
 from sim.config import Config, check_config, compose_config, one_of, options
 from sim.engines import ENGINES
 from sim.experiment import composition_of, costs_of, key_of, simulate, trace_name, workload_of
+from sim.study import workers
 from traces.errors import InputError
 
 
@@ -32,22 +32,24 @@ def compare(
     base = compose_config("compare", overrides, config_dir)
     check_config(base)
     one_of("engine", base["engine"], ENGINES)
-    _workers(base["jobs"], 1)  # refuses what is no number of processes before anything runs
+    workers(base["jobs"], 1)  # refuses what is no number of processes before anything runs
     configs, left_out = _plan(base, overrides, config_dir)
     workload = workload_of(base)
     costs_of(base, workload)  # refuses a model or machine that cannot be priced before anything runs
     keys = [key_of(config, workload.trace) for config in configs]
-    todo = [config for config, key in zip(configs, keys, strict=True) if not store.has(base["results"], key)]
+    there = store.stored_keys(base["results"])
+    todo = [config for config, key in zip(configs, keys, strict=True) if key not in there]
     done = len(configs) - len(todo)
-    workers = _workers(base["jobs"], len(todo))
-    jobs = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1) if workers > 1 else None
+    count = workers(base["jobs"], len(todo))
+    jobs = Parallel(n_jobs=count, return_as="generator_unordered", inner_max_num_threads=1) if count > 1 else None
     results = jobs(delayed(_run)(config) for config in todo) if jobs else map(_run, todo)
     for what, sentence in results:
         done += 1
         if sentence:
             left_out.append(sentence)
         progress(done, len(configs), what)
-    stored = [key for key in keys if store.has(base["results"], key)]
+    there = store.stored_keys(base["results"])
+    stored = [key for key in keys if key in there]
     if not stored:
         why = f"no system could run: {left_out[0]}" if left_out else "systems or budget is empty: name at least one"
         raise InputError(why)
@@ -86,13 +88,6 @@ def _run(config: Config) -> tuple[str, str | None]:
     except InputError as error:
         return what, str(error)
     return what, None
-
-
-def _workers(jobs: Any, tasks: int) -> int:
-    if type(jobs) is not int or jobs == 0 or jobs < -1:
-        raise InputError(f"jobs is {jobs!r}: it must be a number of processes, or -1 for one per core")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores if jobs == -1 else jobs, tasks))
 
 
 def _as_list(value: Any) -> list[Any]:
