@@ -257,6 +257,11 @@ def write_ground_truth(
     return found
 
 
+def ground_truth() -> list[tuple[str, dict[str, Any]]]:
+    """Return the committed summaries, each with the machine that was measured. Raises InputError where one is damaged."""
+    return [(path.parent.name, _read_json(path)) for path in sorted(GROUND_TRUTH.glob("*/summary.json"))]
+
+
 def check_ground_truth(folder: Path) -> list[str]:
     """Simulate every stored cell again and return a sentence for each whose TPOT is no longer the stored one.
 

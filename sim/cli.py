@@ -33,6 +33,7 @@ from sim.config import (
 )
 from sim.experiment import simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
+from sim.html import NAMES, Measured, select_rows, write_figures, write_report
 from sim.report import print_ranking, ranking_dict
 from traces.errors import InputError, nearest
 
@@ -40,6 +41,7 @@ USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
+  report                  stored results as one HTML file, or as a figure: report figure=budget_curve
   trace record            a real model's routing, as it generates (needs torch and transformers)
   validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
   calibrate               measure this machine and write its hardware profile
@@ -110,6 +112,31 @@ def _compare(words: list[str]) -> int:
         errors.print(f"left out: {sentence}", markup=False)
     figure = ranking_figure(rows, Path(base["results"]) / "ranking.png")
     errors.print(f"figure: {figure}; rows: {Path(base['results']) / 'rows'}", markup=False)
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    config = _settings("report", words, "results")
+    if config is None:
+        return 0
+    from real.validate import ground_truth
+
+    measured = [Measured(machine, summary) for machine, summary in ground_truth()]
+    chosen = select_rows(config["results"], config["select"])
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    if config["figure"] is None:
+        with _Progress("figures", "{done} of {total} figures drawn") as progress:
+            path = write_report(chosen, measured, config["out"] or Path(config["results"]) / "report.html", progress)
+        _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
+        return 0
+    names = list(NAMES) if config["figure"] == "all" else [one_of("figure", config["figure"], ("all", *NAMES))]
+    paths, refused = write_figures(names, chosen.rows, measured, config["out"] or Path(config["results"]) / "figures")
+    for path in paths:
+        _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
+    if not paths:
+        raise InputError(refused[0])
+    for sentence in refused:
+        errors.print(f"not drawn: {sentence}", markup=False)
     return 0
 
 
@@ -300,6 +327,7 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
+    "report": _report,
     "validate": _validate,
     "calibrate": _calibrate,
     "trace import": _trace_import,
@@ -345,7 +373,7 @@ def _settings(config_name: str, words: list[str], positional: str) -> Config | N
         value = words[0] if positional == "trace" else quoted(words[0])
         words = [f"{positional}={value}", *words[1:]]
     # Mappings that are open: their keys need not stand in the file.
-    words = [f"++{word}" if word.startswith(("parameters", "options")) else word for word in words]
+    words = [f"++{word}" if word.startswith(("parameters", "options", "select")) else word for word in words]
     overrides, config_dir = _options(config_name, words)
     if overrides is None:
         return None

@@ -41,6 +41,8 @@ _TYPES = {
     "options": ((dict,), "a mapping such as {NAME: VALUE}"),
     "recipe": ((str,), "a text"),
     "parameters": ((dict,), "a mapping such as {NAME: VALUE}"),
+    "select": ((dict,), "a mapping such as {COLUMN: VALUE}"),
+    "figure": ((str, type(None)), "the name of a figure, or all"),
 }
 """What the settings of all verbs may be."""
 

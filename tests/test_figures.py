@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 from rows import make_row, make_rows, make_table
 
-from sim import figures
-from sim.figures import budget_figure, ranking_figure
+from sim.figures import budget_figure, ranking_figure, style
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -18,8 +17,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def drawn(monkeypatch):
     """The figures that were saved, to be looked into."""
     found = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure) or save(figure, path))
+    save = style.save
+    monkeypatch.setattr(style, "save", lambda figure, paths: found.append(figure) or save(figure, paths))
     return found
 
 
