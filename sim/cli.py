@@ -35,6 +35,7 @@ from sim.experiment import simulate, trace_path, trace_tokens
 from sim.figures import ranking_figure
 from sim.html import NAMES, Measured, select_rows, write_figures, write_report
 from sim.report import print_ranking, ranking_dict
+from sim.timeline import write_run_timeline
 from traces.errors import InputError, nearest
 
 USAGE = """foregate VERB [overrides]
@@ -100,6 +101,7 @@ def _compare(words: list[str]) -> int:
     overrides, config_dir = _options("compare", words)
     if overrides is None:
         return 0
+    _refuse_timeline(overrides)
     base = compose_config("compare", overrides, config_dir)
     with _Progress("systems x budgets") as progress:
         rows, left_out = compare(overrides, config_dir=config_dir, progress=progress)
@@ -146,7 +148,11 @@ def _simulate(words: list[str]) -> int:
     overrides, config_dir = _options("simulate", words)
     if overrides is None:
         return 0
-    _print_row(simulate(compose_config("simulate", overrides, config_dir)))
+    config = compose_config("simulate", overrides, config_dir)
+    _print_row(simulate(config))
+    if config["timeline"] is not None:
+        path = write_run_timeline(config["timeline"], config, config["timeline_steps"])
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"timeline: {path}", markup=False)
     return 0
 
 
@@ -156,6 +162,7 @@ def _multirun(words: list[str]) -> int:
     overrides, config_dir = _options("simulate", words)
     if overrides is None:
         return 0
+    _refuse_timeline(overrides)
     overrides = expand(overrides)
     found = [] if config_dir is None else ["--config-dir", str(Path(config_dir).absolute())]
     faults: list[str] = []
@@ -178,6 +185,12 @@ def _multirun(words: list[str]) -> int:
         count = f"{len(faults)} points of the sweep could not run, the first: " if len(faults) > 1 else ""
         raise InputError(f"{count}{faults[0]}")
     return 0
+
+
+def _refuse_timeline(overrides: Sequence[str]) -> None:
+    """Raise InputError where many runs are asked for a timeline."""
+    if any(override.partition("=")[0] == "timeline" for override in overrides):
+        raise InputError("timeline: only of one run, foregate simulate ... timeline=NAME.json.gz without -m")
 
 
 def _job_config(composed: DictConfig) -> Config:

@@ -41,6 +41,8 @@ _TYPES = {
     "options": ((dict,), "a mapping such as {NAME: VALUE}"),
     "recipe": ((str,), "a text"),
     "parameters": ((dict,), "a mapping such as {NAME: VALUE}"),
+    "timeline": ((str, type(None)), "a file NAME.json.gz"),
+    "timeline_steps": ((int, type(None)), "a whole number of steps, or null for all"),
     "select": ((dict,), "a mapping such as {COLUMN: VALUE}"),
     "figure": ((str, type(None)), "the name of a figure, or all"),
 }
@@ -66,7 +68,7 @@ _RUN = (
     "plugins",
     "results",
 )
-_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "jobs", "json")
+_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "jobs", "json", "timeline", "timeline_steps")
 """Settings of a run or a comparison."""
 
 

@@ -26,7 +26,7 @@ from traces import Trace, bundled, content_hash, load_trace, take_tokens
 from traces.errors import InputError
 from traces.trace import ModelSpec
 
-_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "json", "plugins")
+_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "json", "plugins", "timeline", "timeline_steps")
 """Settings that say where or how to run, not what."""
 
 

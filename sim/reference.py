@@ -7,7 +7,7 @@ link is a server of its own (`sim.link`). Time is integer nanoseconds. `docs/mod
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simpy
@@ -21,12 +21,32 @@ from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
 
-def run_reference(system: System, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None = None) -> Run:
+class Span(NamedTuple):
+    """What a resource was busy with, or why it stood still, from `start` to `end` ns."""
+
+    resource: str
+    """``host``, ``compute`` or ``link``; ``queue`` for a transfer that was asked for at `start`."""
+    what: str
+    """compute: ``attention``, ``expert``, ``step``, or what it waited for, ``wait`` (a transfer) or ``host``."""
+    start: int
+    end: int
+    key: int
+    """Of an expert, or -1."""
+    event: int
+
+
+def run_reference(
+    system: System,
+    workload: Workload,
+    costs: Costs,
+    log: list[tuple[Any, ...]] | None = None,
+    spans: list[Span] | None = None,
+) -> Run:
     """Run a freshly built `system` on `workload` and return what happened.
 
-    Events are appended to `log`, if one is given, as tuples (ns, what, key, detail).
+    Events are appended to `log`, if one is given, as tuples (ns, what, key, detail); what every resource did to `spans`.
     """
-    engine = _Engine(system, workload, costs, log)
+    engine = _Engine(system, workload, costs, log, spans)
     engine.env.run(until=engine.env.process(engine.run()))
     return engine.result()
 
@@ -34,13 +54,22 @@ def run_reference(system: System, workload: Workload, costs: Costs, log: list[tu
 class _Engine:
     """One run: host thread, compute stream, link, slots, and the counters of all of them."""
 
-    def __init__(self, system: System, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None) -> None:
+    def __init__(
+        self,
+        system: System,
+        workload: Workload,
+        costs: Costs,
+        log: list[tuple[Any, ...]] | None,
+        spans: list[Span] | None,
+    ) -> None:
         self.env: Any = simpy.Environment()  # SimPy types its clock int | float; here it counts whole nanoseconds
         self.system = system
         self.costs = costs
         self.log = log
+        self.spans = spans
         self.residency = Residency(system.eviction, system.setting)
-        self.link = Link(self.env, costs, self._start_transfer, self._transfer_landed, self._prefetch_pauses)
+        moved = None if spans is None else self._link_moved
+        self.link = Link(self.env, costs, self._start_transfer, self._transfer_landed, self._prefetch_pauses, moved)
         self.transfers: dict[int, Transfer] = {}
         """Transfers queued, moving or paused, by key."""
         self.now = -1
@@ -92,15 +121,26 @@ class _Engine:
             for layer in range(self.events.layers):
                 # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
                 issued = host + costs.host_gate_ns
-                gate_end = max(max(compute, host) + attention_ns, issued)
+                began = max(compute, host)
+                gate_end = max(began + attention_ns, issued)
+                if self.spans is not None:
+                    event = step * self.events.layers + layer
+                    self._span("host", "gate", host, issued, event)
+                    self._span("compute", "host", compute, began, event)
+                    self._span("compute", "attention", began, began + attention_ns, event)
+                    self._span("compute", "host", began + attention_ns, gate_end, event)
                 self.computed += attention_ns
                 self.host_idle += gate_end - compute - attention_ns
                 yield env.timeout(gate_end + costs.readout_ns - env.now)
 
                 host = env.now + costs.host_experts_ns
+                self._span("host", "experts", env.now, host, step * self.events.layers + layer)
                 compute = yield from self._serve_event(step, layer, gate_end, host)
+            self._span("host", "step", host, host + costs.host_step_ns, self.now)
             host += costs.host_step_ns
             step_end = max(compute + step_ns, host)
+            self._span("compute", "step", compute, compute + step_ns, self.now)
+            self._span("compute", "host", compute + step_ns, step_end, self.now)
             self.computed += step_ns
             self.host_idle += step_end - compute - step_ns
             compute = step_end
@@ -127,6 +167,7 @@ class _Engine:
 
         compute = issued
         self.host_idle += issued - gate_end
+        self._span("compute", "host", gate_end, issued, now)
         for number, absent in enumerate(waves):
             wave = absent if number else present + awaited + absent
             self._begin_wave(wave, () if number else awaited, absent)
@@ -134,6 +175,7 @@ class _Engine:
                 if self.depth:
                     self._predict(step, layer)
                 for key in present:
+                    self._span("compute", "expert", compute, compute + takes[key], now, key)
                     compute += takes[key]
             self.link.go()
             if self.outstanding:
@@ -142,7 +184,9 @@ class _Engine:
             for landed, key in self.arrivals:
                 if landed > compute:
                     self.waited += landed - compute
+                    self._span("compute", "wait", compute, landed, now, key)
                     compute = landed
+                self._span("compute", "expert", compute, compute + takes[key], now, key)
                 compute += takes[key]
             if number + 1 < len(waves):
                 yield self.env.timeout(max(0, compute - self.env.now))
@@ -210,6 +254,7 @@ class _Engine:
                 self.arrivals.append((self.env.now, key))
                 self.outstanding -= 1
             else:
+                self._asked(key)
                 self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, demand=True)
                 self.link.demand.append(transfer)
 
@@ -238,6 +283,7 @@ class _Engine:
         """Queue every used expert for another transfer: the device copy was spoilt by its use."""
         for key in union:
             if key in self.residency and key not in self.transfers:
+                self._asked(key)
                 self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, refresh=True)
                 self.link.prefetch.append(transfer)
 
@@ -268,6 +314,7 @@ class _Engine:
             residents = self.residency.residents[self.residency.pool_of_key[first_key]]
             for key in keys:
                 if key not in residents and key not in self.transfers:
+                    self._asked(key)
                     self.transfers[key] = transfer = Transfer(key, target, self.costs.chunks)
                     self.link.prefetch.append(transfer)
 
@@ -396,8 +443,20 @@ class _Engine:
         assert self.log is not None
         self.log.append((ns, what, key, self.now))
 
+    def _span(self, resource: str, what: str, start: int, end: int, event: int, key: int = -1) -> None:
+        if self.spans is not None and end > start:
+            self.spans.append(Span(resource, what, start, end, key, event))
+
+    def _asked(self, key: int) -> None:
+        if self.spans is not None:
+            self.spans.append(Span("queue", "asked", self.env.now, self.env.now, key, self.now))
+
+    def _link_moved(self, key: int, start: int, end: int) -> None:
+        self._span("link", "moved", start, end, self.now, key)
+
     def result(self) -> Run:
         """Gather the counters; prefetches that nothing used by the end were wasted."""
+        self.link.tell()
         self.bytes["wasted"] += len(self.unused) * self.costs.expert_bytes
         columns = np.array(self.per_step, np.int64).reshape(-1, 6).T
         return Run(

@@ -78,7 +78,7 @@ def miss_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
             axis.set_ylabel("misses, % of the experts needed")
             axis.grid()
             first = points.iloc[0]
-            what = f"{synthetic(points)}trace {first['trace']}, {first['workload']}: one cache for all layers, event by event, no prefetch"
+            what = f"{synthetic(points)}trace {first['trace']}, {first['workload']}: one cache for all layers, no prefetch"
             axis.set_title(style.wrapped(what, beside_the_legend), loc="left")
         _legend(figure, looks)
         return style.save(figure, paths)
@@ -160,8 +160,8 @@ def _layer_shares(row: Mapping[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndar
     again = [found.predicted_and_needed.sum() / whole.sum() for whole in (found.predicted, found.needed_after_prediction)]
     if again != [row["predictor_precision"], row["predictor_recall"]] or workload.trace.hash != row["trace_hash"]:
         raise InputError(
-            f"{row['label']}: its predictions have a precision of {again[0]:.4f} now, but had {row['predictor_precision']:.4f} "
-            "when the result was stored: trace or code have changed; run it again"
+            f"{row['label']}: its predictions have a precision of {again[0]:.4f} now, and of {row['predictor_precision']:.4f} "
+            "in the stored result: trace or code have changed; run it again"
         )
     hits = found.predicted_and_needed
     whole = [np.where(count > 0, count, np.nan) for count in (found.predicted, found.needed_after_prediction)]
