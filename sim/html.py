@@ -56,14 +56,16 @@ def select_rows(results: str | Path, select: Mapping[str, Any]) -> Selected:
         rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
     if rows.empty:
         raise InputError(f"{results}: no stored result has {dict(select)}")
-    written = [(Path(results) / "rows" / f"{key}.parquet").stat().st_mtime_ns for key in rows["key"]]
-    newest = (
-        rows.assign(written=written)
-        .sort_values("written", kind="stable")
-        .drop_duplicates(["trace_hash", "config"], keep="last")
-    )
-    kept = rows.loc[rows.index.isin(newest.index)]
+    rows = rows.assign(written=[_written(results, key) for key in rows["key"]])
+    newest = rows.groupby(["trace_hash", "config"], dropna=False)["written"].transform("max")
+    kept = rows[rows["written"] == newest].drop(columns="written")
     return Selected(kept.reset_index(drop=True), len(rows) - len(kept))
+
+
+def _written(results: str | Path, key: str) -> int:
+    """Return when a result was written, ns; 0 for one that has no file of its own."""
+    path = Path(results) / "rows" / f"{key}.parquet"
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def write_figures(

@@ -134,7 +134,8 @@ class _Engine:
                 yield env.timeout(gate_end + costs.readout_ns - env.now)
 
                 host = env.now + costs.host_experts_ns
-                self._span("host", "experts", env.now, host, step * self.events.layers + layer)
+                if self.spans is not None:
+                    self._span("host", "experts", env.now, host, step * self.events.layers + layer)
                 compute = yield from self._serve_event(step, layer, gate_end, host)
             self._span("host", "step", host, host + costs.host_step_ns, self.now)
             host += costs.host_step_ns
@@ -167,7 +168,8 @@ class _Engine:
 
         compute = issued
         self.host_idle += issued - gate_end
-        self._span("compute", "host", gate_end, issued, now)
+        if self.spans is not None:
+            self._span("compute", "host", gate_end, issued, now)
         for number, absent in enumerate(waves):
             wave = absent if number else present + awaited + absent
             self._begin_wave(wave, () if number else awaited, absent)
@@ -175,18 +177,21 @@ class _Engine:
                 if self.depth:
                     self._predict(step, layer)
                 for key in present:
-                    self._span("compute", "expert", compute, compute + takes[key], now, key)
+                    if self.spans is not None:
+                        self._span("compute", "expert", compute, compute + takes[key], now, key)
                     compute += takes[key]
             self.link.go()
             if self.outstanding:
                 self.all_landed = self.env.event()
                 yield self.all_landed
             for landed, key in self.arrivals:
+                if self.spans is not None:
+                    begins = max(compute, landed)
+                    self._span("compute", "wait", compute, landed, now, key)
+                    self._span("compute", "expert", begins, begins + takes[key], now, key)
                 if landed > compute:
                     self.waited += landed - compute
-                    self._span("compute", "wait", compute, landed, now, key)
                     compute = landed
-                self._span("compute", "expert", compute, compute + takes[key], now, key)
                 compute += takes[key]
             if number + 1 < len(waves):
                 yield self.env.timeout(max(0, compute - self.env.now))

@@ -77,11 +77,12 @@ def time_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
     tables = split(ranked(rows))
     found = [pd.concat(panel) for panel in style.by_setting(tables)]
     labels = [(points, label) for points in found for label in _in_order(points)]
-    across = min(6, len(labels))
+    panel = max(1.85, 0.08 * max(len(label) for _, label in labels) + 0.2)  # titles stand side by side
+    across = min(max(1, int(11.1 / panel)), len(labels))
     down = -(-len(labels) // across)
     with style.style():
         figure, axes = style.panels(
-            tables, (1.85 * across + 0.6, 1.75 * down), (down, across), 1.85 * across, sharey=len(found) == 1
+            tables, (panel * across + 0.6, 1.75 * down), (down, across), panel * across, sharey=len(found) == 1
         )
         for place, (axis, (points, label)) in enumerate(zip(axes, labels, strict=False)):
             line = points[points["label"] == label].sort_values("budget")

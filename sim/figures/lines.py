@@ -157,10 +157,12 @@ def _layer_shares(row: Mapping[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndar
     workload = workload_of(config)
     costs, _ = costs_of(config, workload)
     found = predictions_by_layer(system_of(config, workload, costs), workload)
-    again = [found.predicted_and_needed.sum() / whole.sum() for whole in (found.predicted, found.needed_after_prediction)]
+    again = [
+        found.predicted_and_needed.sum() / max(1, whole.sum()) for whole in (found.predicted, found.needed_after_prediction)
+    ]
     if again != [row["predictor_precision"], row["predictor_recall"]] or workload.trace.hash != row["trace_hash"]:
         raise InputError(
-            f"{row['label']}: its predictions have a precision of {again[0]:.4f} now, and of {row['predictor_precision']:.4f} "
+            f"{row['label']}: its predictions have a precision of {again[0]:.4f} now and {row['predictor_precision']:.4f} "
             "in the stored result: trace or code have changed; run it again"
         )
     hits = found.predicted_and_needed
