@@ -22,6 +22,7 @@ from traces.atomic import write_atomically
 from traces.errors import InputError
 
 if TYPE_CHECKING:
+    from real.measure_executor import ShapeTimes
     from real.measure_gpu import GpuTimes
 
 BASE = "h100_pcie5"
@@ -41,6 +42,7 @@ class Entry(NamedTuple):
     source: str
     spread: Any = None
     """[p10, p90], or one such pair per point of a curve; None for what was fitted to several measurements."""
+    tag: str = "measured"
 
 
 def calibrate(out: str | os.PathLike[str], base: str = BASE, say: Say = lambda what: None) -> list[str]:
@@ -51,11 +53,11 @@ def calibrate(out: str | os.PathLike[str], base: str = BASE, say: Say = lambda w
     """
     path = checked_path(out, base)
     machine = machine_facts()
-    times, gpu_notes = _gpu(say)
+    times, shapes, gpu_notes = _gpu(say)
     say("experts on the CPU, memory, disk")
     host = measure_host(path.parent)
-    entries = {} if times is None else gpu_constants(times)
-    figures = host_figures(host) | ({} if times is None else gpu_figures(times))
+    entries = {} if times is None else gpu_constants(times) | executor_constants(shapes)
+    figures = host_figures(host) | ({} if times is None else gpu_figures(times) | executor_figures(shapes))
     if times is not None:
         machine |= gpu_facts()
         entries["device.memory_bytes"] = Entry(machine["memory_bytes"], "bytes", "as the driver states it")
@@ -77,22 +79,23 @@ def checked_path(out: str | os.PathLike[str], base: str) -> Path:
     return path
 
 
-def _gpu(say: Say) -> tuple[GpuTimes | None, tuple[str, ...]]:
-    """Measure the GPU, or say why there is none."""
+def _gpu(say: Say) -> tuple[GpuTimes | None, Mapping[str, ShapeTimes], tuple[str, ...]]:
+    """Measure the GPU and the executor on it, or say why there is none."""
     kept = "the constants of GPU and link stay the base's"
     try:
         import torch
     except ImportError:
-        return None, (f"torch is not installed, so no GPU was measured: {kept}",)
+        return None, {}, (f"torch is not installed, so no GPU was measured: {kept}",)
     if not torch.cuda.is_available():
-        return None, (f"there is no GPU that torch can use: {kept}",)
+        return None, {}, (f"there is no GPU that torch can use: {kept}",)
+    from real.measure_executor import MODELS, measure_executor
     from real.measure_gpu import measure_gpu
 
     try:
         times = measure_gpu(say)
     except RuntimeError as error:
         raise InputError(f"the GPU could not be measured: {str(error).splitlines()[0]}") from error
-    return times, times.notes
+    return times, measure_executor(MODELS, say), times.notes
 
 
 # ---- what machine it is ------------------------------------------------------------------------------------------
@@ -184,6 +187,78 @@ def gpu_constants(times: GpuTimes) -> dict[str, Entry]:
     }
 
 
+def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
+    """Return the constants of the executor's own kernels and host thread, by name; none where no shape was measured.
+
+    Device spans hold the cost of one mark, which is taken off. Of a group of n experts n times `expert_ns` and `group_ns`
+    are made so that one that was waited for, and all of a token's that were there, take what they took.
+    """
+    if not shapes:
+        return {}
+    entries: dict[str, Entry] = {}
+    beside, readouts, residents = [], [], []
+    for name, times in shapes.items():
+        mark = summary(times.mark).median
+        alone = {length: summary(samples).median - mark for length, samples in times.attention.items()}
+        (_, one), (top_k, all_of_them) = ((count, summary(samples).median - mark) for count, samples in times.groups.items())
+        waited = one + summary(times.landing_to_experts).median
+        expert_ns = max(1.0, (all_of_them - waited) / (top_k - 1))
+        by = f"in the executor's own graphs, median of {len(times.attention_beside)}"
+        entries |= {
+            f"models.{name}.attention": Entry(
+                rising(alone),
+                "[tokens, ns]",
+                f"attention, gate and shared experts of a layer {by}, by length of the KV cache",
+            ),
+            f"models.{name}.group_ns": Entry(
+                round(max(0.0, waited - expert_ns)), "ns", f"one routed expert, from its landing on, {by}, less expert_ns"
+            ),
+            f"models.{name}.expert_ns": Entry(
+                round(expert_ns), "ns", f"what each of {top_k} experts adds to a group {by}, from one that was waited for"
+            ),
+            f"models.{name}.step_ns": Entry(
+                round(summary(times.step).median - mark), "ns", f"embedding, last norm, head and argmax {by}"
+            ),
+        }
+        beside += [
+            summary(times.attention_beside).median - mark - alone[min(alone)],
+            summary(times.group_beside).median - mark - one,
+        ]
+        readouts.append(summary(times.gate_to_copy).median - mark)
+        residents.append(summary(times.gate_to_residents).median - mark)
+    readout = max(0.0, _middle(readouts))
+    of = f"of {len(shapes)} models in the executor, median"
+    return entries | {
+        "compute.beside_ns": Entry(
+            round(max(0.0, _middle(beside))),
+            "ns",
+            f"by how much attention and single experts {of}, take longer beside copies",
+        ),
+        "link.chunk_bytes": Entry(4 << 20, "bytes", "as the executor sends prefetches", tag="assumed"),
+        "link.committed_chunks": Entry(1, "chunks", "as the executor sends prefetches", tag="assumed"),
+        "host.readout_ns": Entry(
+            round(readout), "ns", f"from a gate's end until the first copy of what is missing begins, {of}"
+        ),
+        "host.expert_issue_ns": Entry(
+            round(max(0.0, _middle(residents) - readout)),
+            "ns",
+            f"from a gate's end until residents compute, {of}, less readout_ns",
+        ),
+        "host.gate_issue_ns": _number(
+            [sample for times in shapes.values() for sample in times.gate_issue],
+            "a layer's attention and gate in the executor",
+        ),
+        "host.step_ns": _number(
+            [sample for times in shapes.values() for sample in times.step_issue],
+            "from a step's last experts to the next step's first gate in the executor",
+        ),
+    }
+
+
+def _middle(values: Sequence[float]) -> float:
+    return summary(values).median
+
+
 def _train_entry(h2d: Mapping[int, Mapping[int, Sequence[float]]]) -> Entry:
     """Return the curve of a copy inside a train; its spread is that of the longest trains."""
     points, spreads = {}, []
@@ -239,6 +314,19 @@ def gpu_figures(times: GpuTimes) -> dict[str, Any]:
     }
 
 
+def executor_figures(shapes: Mapping[str, ShapeTimes]) -> dict[str, Any]:
+    """Return all samples of the executor as [median, p10, p90] in ns, by model."""
+    return {
+        f"executor_{name}": {
+            part: _three(samples)
+            if isinstance(samples, list)
+            else {str(count): _three(each) for count, each in samples.items()}
+            for part, samples in times._asdict().items()
+        }
+        for name, times in shapes.items()
+    }
+
+
 def host_figures(host: HostTimes) -> dict[str, Any]:
     """Return what the host does without a GPU."""
     copied, copies = host.memory_copy
@@ -273,11 +361,15 @@ def profile_text(name: str, base: str, entries: Mapping[str, Entry], machine: Ma
         "",
         f"name: {name}",
     ]
-    for group in dict.fromkeys(key.partition(".")[0] for key in entries):
-        lines += ["", f"{group}:"]
+    for group in dict.fromkeys(key.rpartition(".")[0] for key in entries):
+        *above, own = group.split(".")
+        if above and f"{above[0]}:" not in lines:
+            lines += ["", f"{above[0]}:"]
+        margin = "  " * len(above)
+        lines += [*([] if above else [""]), f"{margin}{own}:"]
         for key, entry in entries.items():
-            if key.startswith(f"{group}."):
-                lines += [f"  {key.partition('.')[2]}:", *_entry_lines(entry)]
+            if key.rpartition(".")[0] == group:
+                lines += [f"{margin}  {key.rpartition('.')[2]}:", *(margin + line for line in _entry_lines(entry))]
     lines += ["", "machine:"]
     lines += [f"  {key}: {json.dumps(value)}" for key, value in machine.items() if key != "measured"]
     lines += ["  measured: # ns as [median, p10, p90] unless the name says otherwise"]
@@ -286,7 +378,7 @@ def profile_text(name: str, base: str, entries: Mapping[str, Entry], machine: Ma
 
 
 def _entry_lines(entry: Entry) -> list[str]:
-    fields = {"value": entry.value, "unit": entry.unit, "tag": "measured", "source": entry.source}
+    fields = {"value": entry.value, "unit": entry.unit, "tag": entry.tag, "source": entry.source}
     if entry.spread is not None:
         fields["spread"] = entry.spread
     return [f"    {key}: {json.dumps(value)}" for key, value in fields.items()]

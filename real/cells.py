@@ -26,6 +26,9 @@ from traces import Provenance, Trace, bundled, load_trace, save_trace, take_toke
 from traces.errors import InputError
 from traces.trace import ModelSpec
 
+CHUNK_BYTES = 4 << 20
+"""A prefetch crosses in copies of so many bytes, two of them ahead: what a demand may stand behind."""
+
 GRID_MODELS = ("olmoe_1b_7b", "qwen1_5_moe_a2_7b", "deepseek_v2_lite")
 GRID_SYSTEMS = ("lru", "lrfu", "previous_token", "next_gate", "next_gate_lrfu", "fate")
 GRID_BUDGETS = (0.25, 0.5)
@@ -106,8 +109,8 @@ def make_cell(name: str, overrides: Iterable[str], folder: Path, *, slots: int |
         "seed": config["seed"],
         "layer_ns": decode_layer_ns(costs, spec.top_k),
         "transfer_ns": transfer_ns(costs),
-        "chunk_bytes": costs.chunk_bytes,
-        "window_bytes": 2 * costs.chunk_bytes,
+        "chunk_bytes": CHUNK_BYTES,
+        "window_bytes": 2 * CHUNK_BYTES,
     }
     return Cell(**{**fields, **changes})
 

@@ -87,6 +87,9 @@ class Device(ABC):
     def close(self) -> None:  # noqa: B027
         """Let go of the device."""
 
+    def reserve_marks(self, count: int) -> None:  # noqa: B027
+        """Prepare for `count` marks."""
+
     @abstractmethod
     def mark(self, stream: int) -> int:
         """Note the device's time at this place of `stream`; return a number for `mark_ns`."""

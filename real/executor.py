@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from policies.contract import Ints, Seen
-from policies.residency import AWAITED, FREE, HELD, ContractError, Residency, no_prediction, no_victim
-from policies.system import System
+from policies.contract import Ints
+from policies.residency import AWAITED, FREE, HELD, ContractError, no_prediction, no_victim
+from real.decisions import Decisions
 from real.device import COMPUTE, COPY, Device
 from real.pump import Pump, Transfer
 from real.schedule import SlotRead, SlotWrite
 from real.timeline import Timeline
+from sim.fast.hooks import REFUSED, ROOM
 from sim.result import KINDS
 from traces.errors import InputError
 
@@ -74,7 +75,7 @@ class Outcome(NamedTuple):
 
 
 class Executor:
-    """One run of a freshly built `system` of which `seen(step, layer, event)` tells what a policy sees.
+    """One run of the system that decides by `decisions`.
 
     `copy(key, slot, start, stop)` moves those bytes of an expert into a slot. Decisions are appended to `log`, if one is
     given, as tuples (ns, what, key, event) in the words of the simulators' log.
@@ -82,9 +83,8 @@ class Executor:
 
     def __init__(
         self,
-        system: System,
+        decisions: Decisions,
         shape: Shape,
-        seen: Callable[[int, int, int], Seen],
         decoder: Decoder,
         device: Device,
         copy: Callable[[int, int, int, int], None],
@@ -96,9 +96,9 @@ class Executor:
         log: list[tuple[Any, ...]] | None = None,
         one_by_one: bool = True,
     ) -> None:
-        self.system = system
+        self.decisions = decisions
+        self.system = system = decisions.system
         self.shape = shape
-        self.seen = seen
         self.decoder = decoder
         self.device = device
         self.timeline = timeline
@@ -107,7 +107,12 @@ class Executor:
         """Whether experts that had to be waited for compute each as it lands, or all after the last."""
         self.expert_bytes = expert_bytes
         self._copy_bytes = copy
-        self.residency = Residency(system.eviction, system.setting)
+        self.resident, self.holds = decisions.resident, decisions.holds
+        setting = system.setting
+        self.pool_of_key: list[int] = np.repeat(setting.pool_of, setting.experts).tolist()
+        self.capacity: list[int] = setting.capacity.tolist()
+        self.taken = [0] * len(self.capacity)
+        """Slots of every pool that are taken."""
         self.link = Pump(
             device, expert_bytes, chunk_bytes, window_bytes, self._start_transfer, self._copy, self._transfer_landed
         )
@@ -115,7 +120,7 @@ class Executor:
         """Transfers queued or in flight, by key."""
         self.slot_of: dict[int, int] = {}
         """Slot of every resident."""
-        self.free_slots = list(range(int(system.setting.capacity.sum())))[::-1]
+        self.free_slots = list(range(sum(self.capacity)))[::-1]
         self.last_use = [0] * len(self.free_slots)
         """Per slot the ticket of the compute stream after which nobody reads it."""
         self.now = -1
@@ -134,9 +139,9 @@ class Executor:
         """Prefetched keys by the event that they were fetched for."""
         self.predictions: dict[int, set[int]] = {}
         """Keys selected for coming events."""
+        self.left: set[int] = set()
+        """Keys that lost their slot since the running event was judged: for its prediction they are still there."""
         self.depth = system.prefetch.depth
-        self.ids = np.zeros(shape.experts, np.int64)
-        self.scores = np.zeros(shape.experts, np.float64)
 
         self.bytes = dict.fromkeys(KINDS, 0)
         self.hits, self.late_hits, self.misses = (np.zeros(shape.steps, np.int64) for _ in range(3))
@@ -150,10 +155,9 @@ class Executor:
         """Bring `keys` into slots before the first step; the eviction policy sees them inserted by event 0."""
         for key in keys:
             transfer = Transfer(key, 0)
-            self.residency.insert(key, 0, FREE)
-            transfer.slot = self.slot_of[key] = self.free_slots.pop()
+            self.decisions.admit(key, self.pool_of_key[key], ROOM, 0)
+            self._occupy(transfer, FREE)
             self._copy(transfer, 0, self.expert_bytes)
-        self.peak_slots = len(self.slot_of)
         self.device.drain()
 
     def run(self, steps: range | None = None) -> None:
@@ -221,59 +225,73 @@ class Executor:
             self._end_event()
         self.link.poll()
         self.now = step * self.shape.layers + layer
+        self.left.clear()
         first_key = layer * self.shape.experts
         self.union = union = list(dict.fromkeys([first_key + expert for expert in routed if expert >= 0]))
         present, awaited, absent = self._judge(step, union)
-        self._drop_stale_prefetches(union)
+        if self.link.prefetch:
+            self._drop_stale_prefetches(union)
 
         # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
-        slots = self.residency.capacity[self.residency.pool_of_key[union[0]]] if union else 1
+        slots = self.capacity[self.pool_of_key[first_key]]
         first = min(len(absent), slots - len(present) - len(awaited))
-        waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
-        for number, absent in enumerate(waves):
-            wave = absent if number else present + awaited + absent
-            arriving = self._begin_wave(wave, () if number else awaited, absent)
-            if number == 0 and self.depth:
-                self._predict(step, layer)
+        arriving = self._begin_wave(present + awaited + absent[:first], awaited, absent[:first])
+        # The link must not stand still, then the compute stream; all else takes less time than they are busy for.
+        self.link.send_demand()
+        self.timeline.decided()
+        self._compute(step, layer, present)
+        self.link.send_demands()
+        if self.depth:
+            self._predict(step, layer)
+        self.link.go()
+        self._compute_arriving(step, layer, present, arriving)
+        self.wave = present + awaited + absent[:first]
+        for start in range(first, len(absent), slots):
+            self._end_wave()
+            self.wave = wave = absent[start : start + slots]
+            arriving = self._begin_wave(wave, (), wave)
             self.link.go()
-            if number == 0:
-                self.timeline.decided()
             resident = [key for key in wave if key not in arriving]
-            self._compute_wave(step, layer, resident, sorted(arriving.values(), key=lambda transfer: transfer.ticket))
-            if number + 1 < len(waves):
-                self._end_wave(wave)
-        self.wave = wave
-
-    def _compute_wave(self, step: int, layer: int, resident: list[int], arriving: list[Transfer]) -> None:
-        """Submit residents first, then what is in flight in the order in which it lands."""
-        if resident:
-            self.timeline.mark_start()
             self._compute(step, layer, resident)
-        for group in [[transfer] for transfer in arriving] if self.one_by_one else [arriving] if arriving else []:
-            self.timeline.mark_wait()
-            self.device.wait(COMPUTE, COPY, group[-1].ticket)
-            self.timeline.mark_start()
-            self._compute(step, layer, [transfer.key for transfer in group])
-            self.arrival_ticket = group[-1].ticket
+            self._compute_arriving(step, layer, resident, arriving)
+
+    def _compute_arriving(self, step: int, layer: int, resident: list[int], arriving: dict[int, Transfer]) -> None:
+        """Submit what is in flight in the order in which it lands; the residents of its wave are submitted already."""
+        if arriving:
+            landing = sorted(arriving.values(), key=lambda transfer: transfer.ticket)
+            for group in [[transfer] for transfer in landing] if self.one_by_one else [landing]:
+                self.timeline.mark_wait()
+                self.device.wait(COMPUTE, COPY, group[-1].ticket)
+                self._compute(step, layer, [transfer.key for transfer in group])
+            self.arrival_ticket = landing[-1].ticket
         self.end_ticket = ticket = self.device.record(COMPUTE)
-        for key in (*resident, *(transfer.key for transfer in arriving)):
+        for key in (*resident, *arriving):
             self.last_use[self.slot_of[key]] = ticket
 
     def _compute(self, step: int, layer: int, keys: list[int]) -> None:
         """Submit the experts `keys`, which are there when the compute stream comes so far."""
+        if not keys:
+            return
         slot_of = self.slot_of
         slots = {key: slot_of[key] for key in keys}
         if self.device.schedule is not None:
             self.device.schedule.submit(COMPUTE, [SlotRead(slot, key) for key, slot in slots.items()], ())
+        self.timeline.mark_start()
         self.decoder.compute(step, layer, slots)
         self.timeline.mark_end()
 
-    def _end_wave(self, wave: list[int]) -> None:
+    def _end_wave(self) -> None:
         """Wait until a wave that is not the last is computed; its experts may leave then."""
         self.device.synchronize(COMPUTE, self.end_ticket)
         self._note_arrivals()
         self.end_ticket = 0
-        self.residency.hold(wave, FREE)
+        self._hold(self.wave, FREE)
+
+    def _hold(self, keys: Iterable[int], how: int) -> None:
+        """Hold all `keys` as firmly as `how` says."""
+        holds = self.holds
+        for key in keys:
+            holds[key] = how
 
     def _note_arrivals(self) -> None:
         """Note that what computed experts had waited for has landed."""
@@ -282,29 +300,27 @@ class Executor:
 
     def _judge(self, step: int, union: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Split what the event needs into resident, in flight and absent, as it is when the event starts."""
-        residency, now, transfers, unused = self.residency, self.now, self.transfers, self.unused
-        pool = residency.pool_of_key[union[0]] if union else 0
-        residents = residency.residents[pool]
-        on_hit = residency.eviction.on_hit
+        now, transfers, unused, is_resident = self.now, self.transfers, self.unused, self.resident
         present: list[int] = []
         awaited: list[int] = []
         absent: list[int] = []
+        hits: list[int] = []
         for key in union:
-            if key not in residents:
+            if not is_resident[key]:
                 absent.append(key)
                 continue
+            hits.append(key)
             in_flight = key in transfers
             (awaited if in_flight else present).append(key)
             if key in unused:
                 del unused[key]
                 self.bytes["late" if in_flight else "useful"] += self.expert_bytes
-            on_hit(key, pool, now)
+        if union:
+            self.decisions.judged(hits, absent, self.pool_of_key[union[0]], now)
         if self.log is not None:
+            ns = time.perf_counter_ns()
             for what, keys in (("hit", present), ("late_hit", awaited), ("miss", absent)):
-                for key in keys:
-                    self._note(what, key)
-        for key in absent:
-            residency.on_miss(key, pool, now)
+                self.log.extend([(ns, what, key, now) for key in keys])
         self.hits[step] += len(present)
         self.late_hits[step] += len(awaited)
         self.misses[step] += len(absent)
@@ -317,7 +333,7 @@ class Executor:
 
     def _begin_wave(self, wave: list[int], awaited: Iterable[int], absent: list[int]) -> dict[int, Transfer]:
         """Hold what the wave needs, ask the link for what it lacks, and return what has to be waited for."""
-        self.residency.hold(wave, HELD)
+        self._hold(wave, HELD)
         arriving: dict[int, Transfer] = {}
         for key in awaited:
             arriving[key] = transfer = self.transfers[key]
@@ -327,7 +343,7 @@ class Executor:
             queued = self.transfers.get(key)
             if queued is not None:
                 self.link.promote(queued)
-            elif key in self.residency:  # a prefetch for the next step brought it while earlier waves ran
+            elif self.resident[key]:  # a prefetch for the next step brought it while earlier waves ran
                 continue
             else:
                 self.transfers[key] = queued = Transfer(key, self.now, demand=True)
@@ -347,11 +363,11 @@ class Executor:
         """Let go of what the event held, which is computed."""
         self.end_ticket = 0
         self._note_arrivals()
-        self.residency.hold(self.wave, FREE)
+        self._hold(self.wave, FREE)
         for key in self.to_release.pop(self.now, ()):
             prefetch = self.unused.get(key)
             if prefetch is not None and prefetch.target == self.now and key not in self.transfers:
-                self.residency.holds[key] = FREE
+                self.holds[key] = FREE
                 if self.system.composition.drop_unused_prefetches:
                     self._evict(key)
         if self.log is not None:
@@ -362,7 +378,7 @@ class Executor:
     def _reupload(self) -> None:
         """Queue every used expert for another transfer: the device copy was spoilt by its use."""
         for key in self.union:
-            if key in self.residency and key not in self.transfers:
+            if self.resident[key] and key not in self.transfers:
                 self.transfers[key] = transfer = Transfer(key, self.now, refresh=True)
                 self.link.prefetch.append(transfer)
 
@@ -370,34 +386,33 @@ class Executor:
 
     def _predict(self, step: int, layer: int) -> None:
         """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
-        system, (steps, layers, experts) = self.system, self.shape
-        seen = self.seen(step, layer, self.now)
-        system.observe(seen)
-        most = min(system.prefetch.most(len(seen.experts)), experts)
+        decisions, (steps, layers, experts) = self.decisions, self.shape
+        most = min(decisions.observe(step, layer, self.now), experts)
         for ahead in range(1, self.depth + 1):
             target = self.now + ahead
             if target >= steps * layers:
                 return
-            predicted = system.predictor.predict(seen, ahead, self.ids[:most], self.scores[:most])
+            predicted, count = decisions.predict(ahead, most)
             if predicted == 0:
                 continue
-            count = system.take(self.scores, predicted)
-            self._check_prediction(predicted, most, count)
+            self._check_counts(predicted, most, count)
             first_key = (layer + ahead) % layers * experts
-            keys = [first_key + expert for expert in self.ids[:count].tolist()]
+            keys = [first_key + expert for expert in decisions.predicted_ids(count)]
             self.predictions.setdefault(target, set()).update(keys)
-            residents = self.residency.residents[self.residency.pool_of_key[first_key]]
             for key in keys:
-                if key not in residents and key not in self.transfers:
+                if not first_key <= key < first_key + experts:
+                    raise ContractError(
+                        no_prediction(type(self.system.predictor).__name__, key - first_key, self.shape.experts)
+                    )
+                if not self.resident[key] and key not in self.transfers and key not in self.left:
                     self.transfers[key] = transfer = Transfer(key, target)
                     self.link.prefetch.append(transfer)
 
-    def _check_prediction(self, predicted: int, most: int, count: int) -> None:
-        """Raise ContractError for counts and ids that cannot be."""
-        wrong = [number for number, limit in ((predicted, most), (count, predicted)) if not 0 <= number <= limit]
-        wrong += [expert for expert in self.ids[: max(count, 0)].tolist() if not 0 <= expert < self.shape.experts]
-        if wrong:
-            raise ContractError(no_prediction(type(self.system.predictor).__name__, wrong[0], self.shape.experts))
+    def _check_counts(self, predicted: int, most: int, count: int) -> None:
+        """Raise ContractError for counts that cannot be."""
+        for number, limit in ((predicted, most), (count, predicted)):
+            if not 0 <= number <= limit:
+                raise ContractError(no_prediction(type(self.system.predictor).__name__, number, self.shape.experts))
 
     # ---- slots and transfers: what the pump asks and tells ---------------------------------------------------
 
@@ -408,26 +423,33 @@ class Executor:
             self.device.wait(COPY, COMPUTE, self.last_use[slot])
         if self.device.schedule is not None:
             self.device.schedule.submit(COPY, (), [SlotWrite(slot, key, start, stop)])
-        self.timeline.mark_copy(self.now, stop - start, transfer.demand, lambda: self._copy_bytes(key, slot, start, stop))
+        if self.timeline.marks:
+            self.timeline.mark_copy(
+                self.now,
+                stop - start,
+                transfer.demand,
+                bool(self.link.in_flight),
+                lambda: self._copy_bytes(key, slot, start, stop),
+            )
+        else:
+            self._copy_bytes(key, slot, start, stop)
 
     def _start_transfer(self, transfer: Transfer) -> bool:
         """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
-        key, residency = transfer.key, self.residency
+        key = transfer.key
         if transfer.refresh:
-            residency.holds[key] = HELD
+            self.holds[key] = HELD
             transfer.slot = self.slot_of[key]
             if self.log is not None:
                 self._note("refresh", key)
             return True
-        if not self._make_room(residency.pool_of_key[key], transfer.demand):
+        if not self._admit(key, transfer.demand):
             self.cancelled += 1
             del self.transfers[key]
             if self.log is not None:
                 self._note("cancel", key)
             return False
-        residency.insert(key, self.now)
-        transfer.slot = self.slot_of[key] = self.free_slots.pop()
-        self.peak_slots = max(self.peak_slots, len(self.slot_of))
+        self._occupy(transfer, HELD)
         if transfer.demand:
             self.bytes["demand"] += self.expert_bytes
             if self.log is not None:
@@ -440,36 +462,62 @@ class Executor:
                 self._note("prefetch", key)
         return True
 
-    def _make_room(self, pool: int, demand: bool) -> bool:
-        """See to a free slot in `pool`: of an expert that nothing needs; for a demand also of one that was prefetched for a
-        coming event, or of a prefetch that is partly there."""
-        residency = self.residency
-        while len(residency.residents[pool]) >= residency.capacity[pool]:
-            leaving = residency.victim(pool, self.now, AWAITED)
-            if leaving < 0 and demand:
-                leaving = residency.victim(pool, self.now, HELD)
-            if leaving >= 0:
-                self._evict(leaving)
-            elif not demand:
+    def _admit(self, key: int, demand: bool) -> bool:
+        """Find a slot for `key`: a free one, or that of an expert that nothing needs; for a demand also one that was
+        prefetched for a coming event, or that of a prefetch that is partly there."""
+        pool, now = self.pool_of_key[key], self.now
+        while True:
+            limit = ROOM if self.taken[pool] < self.capacity[pool] else AWAITED
+            leaving = self.decisions.admit(key, pool, limit, now)
+            if leaving == REFUSED and demand:
+                limit = HELD
+                leaving = self.decisions.admit(key, pool, limit, now)
+            if leaving != REFUSED:
+                if limit != ROOM:
+                    self._check_victim(leaving, pool, limit)
+                    self._forget(leaving)
+                return True
+            if not demand:
                 return False
-            elif not self._give_up_a_prefetch(pool):
+            if not self._give_up_a_prefetch(pool):
                 if not any(last is not None and not last.demand for _, _, last in self.link.in_flight):
-                    raise ContractError(no_victim(type(residency.eviction).__name__, -1))
+                    raise ContractError(no_victim(type(self.system.eviction).__name__, -1))
                 self.link.await_oldest()  # a prefetch that cannot be called back holds the slot until it lands
-        return True
+
+    def _check_victim(self, key: int, pool: int, limit: int) -> None:
+        """Raise ContractError for a victim that may not leave."""
+        known = 0 <= key < len(self.holds) and self.pool_of_key[key] == pool and self.resident[key]
+        if not known or self.holds[key] >= limit:
+            raise ContractError(no_victim(type(self.system.eviction).__name__, key))
+
+    def _occupy(self, transfer: Transfer, how: int) -> None:
+        """Give a slot to an expert that was admitted."""
+        key = transfer.key
+        self.resident[key] = True
+        self.holds[key] = how
+        self.taken[self.pool_of_key[key]] += 1
+        transfer.slot = self.slot_of[key] = self.free_slots.pop()
+        self.peak_slots = max(self.peak_slots, len(self.slot_of))
 
     def _give_up_a_prefetch(self, pool: int) -> bool:
         """Give up a prefetch of `pool` that is partly there, if there is one."""
         for paused in self.link.prefetch:
-            if paused.started and self.residency.pool_of_key[paused.key] == pool:
+            if paused.started and self.pool_of_key[paused.key] == pool:
                 self.link.prefetch.remove(paused)
                 self._give_up(paused)
                 return True
         return False
 
     def _evict(self, key: int) -> None:
-        """Take a slot away; a prefetch that was never used turns out wasted, a queued renewal is not needed."""
-        self.residency.evict(key, self.now)
+        """Take a slot away for another reason than to make room."""
+        self.decisions.evicted(key, self.pool_of_key[key], self.now)
+        self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        """Note a lost slot: a prefetch that was never used turns out wasted, a queued renewal is not needed."""
+        self.resident[key] = False
+        self.taken[self.pool_of_key[key]] -= 1
+        self.left.add(key)
         self.free_slots.append(self.slot_of.pop(key))
         if key in self.unused:
             del self.unused[key]
@@ -502,11 +550,11 @@ class Executor:
         if transfer.demand:
             return
         if transfer.refresh or transfer.target <= self.now:
-            self.residency.holds[key] = FREE
+            self.holds[key] = FREE
             if not transfer.refresh and self.system.composition.drop_unused_prefetches:
                 self._evict(key)
         else:
-            self.residency.holds[key] = AWAITED
+            self.holds[key] = AWAITED
 
     def _note(self, what: str, key: int) -> None:
         assert self.log is not None

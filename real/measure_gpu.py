@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from real.cuda import copy_on
+from real.host import undisturbed
+
 DEVICE = "cuda"
 
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 12_582_912, 17_301_504, 64 << 20, 256 << 20, 512 << 20)
@@ -78,7 +81,7 @@ def measure_gpu(say: Callable[[str], None] = lambda what: None, repeats: int = 1
     Raises RuntimeError where the driver refuses memory or work; nothing stays registered.
     """
     notes: list[str] = []
-    with torch.inference_mode(), registered(_STAGE) as host:
+    with torch.inference_mode(), registered(_STAGE) as host, undisturbed():
         say("warming up")
         _warm_clocks()
         link = _Link(host)
@@ -193,11 +196,11 @@ class _Link:
         self.at = 0
 
     def copy(self, size: int) -> None:
-        """Submit one copy host to device to the current stream."""
+        """Submit one copy host to device to the current stream, as the executor does."""
         if self.at + size > len(self.host):
             self.at = 0
-        part = slice(self.at, self.at + size)
-        self.device[part].copy_(self.host[part], non_blocking=True)
+        stream = torch.cuda.current_stream().cuda_stream
+        copy_on(stream, self.device.data_ptr() + self.at, self.host.data_ptr() + self.at, size)
         self.at += size
 
     def back(self, size: int) -> None:

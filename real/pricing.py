@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from policies.contract import Ints, Setting
-from sim.costs import NO_READOUT, Costs
+from sim.costs import NO_READOUT, Costs, demand_times
 from sim.result import StepTimes
 from sim.workload import Workload
 from traces.errors import InputError
@@ -59,6 +59,7 @@ class _Link:
 
     def __init__(self, costs: Costs, steps: int) -> None:
         self.costs = costs
+        self.demand_ns = demand_times(costs)
         self.free = -1
         """When it ends what it was given; -1 before the first."""
         self.busy = np.zeros(steps, np.int64)
@@ -66,11 +67,12 @@ class _Link:
         self.paused: list[_Move] = []
         self.landed: dict[int, int] = {}
 
-    def start(self, move: _Move, at: int, step: int) -> int:
+    def start(self, move: _Move, at: int, step: int, *, demand: bool = False) -> int:
         """Let a transfer go on at `at`, or when the link is free; return when it lands."""
         begins = max(at, self.free)
         move.base = begins + (0 if begins == self.free else self.costs.link_start_ns)
-        move.ends = move.base + (move.left - 1) * self.costs.chunk_ns + self.costs.last_chunk_ns
+        by_chunks = (move.left - 1) * self.costs.chunk_ns + self.costs.last_chunk_ns
+        move.ends = move.base + (self.demand_ns[move.left] if demand else by_chunks)
         self.busy[step] += move.ends - begins
         self.free, self.last = move.ends, move
         self.landed[move.key] = move.ends
@@ -81,7 +83,7 @@ class _Link:
         move, chunk_ns = self.last, self.costs.chunk_ns
         if move is None or move.ends <= at or chunk_ns == 0 or move.landed_place < before:
             return
-        chunks = max(1, -(-(at - move.base) // chunk_ns))
+        chunks = max(1, -(-(at - move.base) // chunk_ns)) + self.costs.committed_chunks
         if chunks >= move.left:
             return
         boundary = move.base + chunks * chunk_ns
@@ -95,7 +97,7 @@ class _Link:
 class _Pricing:
     def __init__(self, log: Log, workload: Workload, costs: Costs, setting: Setting) -> None:
         self.events, self.costs, self.setting = workload.events, costs, setting
-        self.computed = self.waited = 0
+        self.computed = self.waited = self.last_landed = 0
         self.takes = costs.expert_ns[self.events.tokens].tolist()
         self.link = _Link(costs, len(workload.decode))
         self.judged: list[dict[str, list[int]]] = [{what: [] for what in JUDGED} for _ in range(self.events.total)]
@@ -135,10 +137,12 @@ class _Pricing:
             before, self.computed, self.waited = compute, step_ns, 0
             counts = [0, 0, 0]
             for event in range(step * layers, (step + 1) * layers):
-                gate_end = max(max(compute, host) + attention_ns, host + costs.host_gate_ns)
+                starts = max(compute, host)
+                takes_ns = attention_ns + (costs.beside_ns if self.link.free > starts else 0)
+                gate_end = max(starts + takes_ns, host + costs.host_gate_ns)
                 known = gate_end + costs.readout_ns
                 host = known + costs.host_experts_ns
-                self.computed += attention_ns
+                self.computed += takes_ns
                 counts = [n + len(keys) for n, keys in zip(counts, self.judged[event].values(), strict=True)]
                 compute = self._serve(step, event, known, host)
             host += costs.host_step_ns
@@ -158,10 +162,13 @@ class _Pricing:
         present, late, absent = self.judged[event].values()
         if sorted([*present, *late, *absent]) != sorted(takes):
             raise InputError(f"the log judges other experts than event {event} of this workload needs")
-        self.computed += sum(takes.values())
+        arrival_ns = self.costs.group_ns + self.costs.beside_ns
+        takes = {key: ns if key in present else ns + arrival_ns for key, ns in takes.items()}
+        together = self.costs.group_ns if present else 0
+        self.computed += sum(takes.values()) + together
         link.paused = [move for move in link.paused if move.cancelled > event]
         at = known
-        compute: int = issued + sum(takes[key] for key in present)
+        compute: int = issued + together + sum(takes[key] for key in present)
         starts = iter([*self.started[event], None])
         following = next(starts)
         for number, wave in enumerate(self._waves(event, present, late, absent)):
@@ -172,9 +179,18 @@ class _Pricing:
             while following is not None and following.what == "load" and following.key in awaited:
                 loads.append(following)
                 following = next(starts)
+            arrived = len(awaited) > 0
             compute = self._bring(step, event, at, compute, awaited, loads, takes)
-            while following is not None and (following.what != "load"):
-                link.start(following, max(at, compute) if following.after_end else at, step)
+            landed = self.last_landed
+            while following is not None and following.what != "load" and not following.after_end:
+                link.start(following, at, step)
+                following = next(starts)
+            longer = -1 if arrived and link.free <= landed else 0  # nothing moves beside the last one
+            longer += 1 if number == 0 and present and (arrived or link.free > at) else 0
+            compute += longer * self.costs.beside_ns
+            self.computed += longer * self.costs.beside_ns
+            while following is not None and following.what != "load":
+                link.start(following, max(at, compute), step)
                 following = next(starts)
         return compute
 
@@ -196,7 +212,8 @@ class _Pricing:
         asked = {move.key for move in [*promoted, *loads]}
         arrivals = sorted((max(at, link.landed.get(key, at)), key) for key in awaited if key not in asked)
         link.paused = [move for move in link.paused if move not in promoted]
-        arrivals += [(link.start(move, at, step), move.key) for move in [*promoted, *loads]]
+        arrivals += [(link.start(move, at, step, demand=True), move.key) for move in [*promoted, *loads]]
+        self.last_landed = max((landed for landed, _ in arrivals), default=at)
         for landed, key in arrivals:
             self.waited += max(0, landed - compute)
             compute = max(compute, landed) + takes[key]

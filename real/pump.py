@@ -2,7 +2,7 @@
 
 A GPU's copy engine serves what it was given in order and cannot be told to put something aside. So prefetches are kept here
 and given to it a chunk at a time, at most `window_bytes` ahead; demands are given to it at once. It runs on the host thread,
-whenever that has a moment (`go`).
+whenever that has a moment (`go`). Nothing can call a demand back, so it crosses in one copy, whatever is left of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Transfer:
 
 
 class Pump:
-    """Feeds the copy stream of `device` with experts of `expert_bytes` in copies of at most `chunk_bytes`.
+    """Feeds the copy stream of `device` with experts of `expert_bytes`, prefetches in copies of at most `chunk_bytes`.
 
     `start(transfer)` is asked when the first chunk is about to go; it reserves the slot and returns whether there is one (a
     demand always gets one). `copy(transfer, start, stop)` submits the copy of those bytes. `landed(transfer)` is told when
@@ -70,17 +70,30 @@ class Pump:
     def go(self) -> None:
         """Give the copy stream all demands, and prefetches up to the window."""
         self.poll()
-        while self.demand:
-            self._send_whole(self.demand.popleft())
+        self.send_demands()
         while self.prefetch and self.in_flight_bytes < self.window_bytes:
             transfer = self.prefetch.popleft()
             if not transfer.started:
                 if not self._start(transfer):
                     continue
                 transfer.started = True
-            self._send_chunk(transfer)
+            self._send(transfer, self.chunk_bytes)
             if transfer.sent < self.expert_bytes:
                 self.prefetch.appendleft(transfer)
+
+    def send_demand(self) -> None:
+        """Give the copy stream the first demand, if there is one."""
+        if self.demand:
+            transfer = self.demand.popleft()
+            if not transfer.started:
+                self._start(transfer)
+                transfer.started = True
+            self._send(transfer, self.expert_bytes)
+
+    def send_demands(self) -> None:
+        """Give the copy stream all demands."""
+        while self.demand:
+            self.send_demand()
 
     def promote(self, transfer: Transfer) -> None:
         """Turn a prefetch into a demand; what was sent is kept."""
@@ -103,16 +116,10 @@ class Pump:
         self.device.synchronize(COPY, self.in_flight[0][0])
         self.poll()
 
-    def _send_whole(self, transfer: Transfer) -> None:
-        if not transfer.started:
-            self._start(transfer)
-            transfer.started = True
-        while transfer.sent < self.expert_bytes:
-            self._send_chunk(transfer)
-
-    def _send_chunk(self, transfer: Transfer) -> None:
+    def _send(self, transfer: Transfer, most: int) -> None:
+        """Send the next bytes of a transfer, at most so many."""
         start = transfer.sent
-        stop = min(start + self.chunk_bytes, self.expert_bytes)
+        stop = min(start + most, self.expert_bytes)
         self._copy(transfer, start, stop)
         ticket = self.device.record(COPY)
         transfer.sent = stop

@@ -23,15 +23,16 @@ import numpy as np
 import torch
 
 from policies.system import AXES, Composition, System, build_system, find_part
+from real.decisions import Decisions
 from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
 from real.device import COPY, Device
 from real.executor import Executor, Shape
+from real.host import undisturbed
 from real.routing import plain_events, plain_future, replay_inputs
 from real.schedule import Schedule
 from real.slab import HostSlab
 from real.standin import StandIn
 from real.timeline import Timeline
-from sim.observations import Observations
 from sim.workload import Workload, make_workload
 from traces.errors import InputError, nearest
 from traces.files import load_trace
@@ -187,7 +188,7 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     pool = SlotPool(shape, slots, where)
     link_rate = _link_rate(device, model, pool) if where != "cpu" else float("nan")
     decoder = ReplayDecoder(shape, model.weights, replay_inputs(workload, total), pool, device, where, cell.seed)
-    with _no_garbage_collection():  # which could free what a capture must not see freed
+    with undisturbed():  # which could free what a capture must not see freed
         decoder.capture()
     slab, slot_bytes = model.slab, model.slab.slot_bytes
 
@@ -197,9 +198,8 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     log: Log = []
     timeline = Timeline(device, shape.layers)
     executor = Executor(
-        system,
+        Decisions.on_trace(system, workload),
         Shape(total, shape.layers, shape.experts),
-        Observations(workload, system.composition.needs).event,
         decoder,
         device,
         copy,
@@ -212,9 +212,9 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     )
     if cell.preload:
         executor.preload(range(shape.layers * shape.experts))
-    with _no_garbage_collection():
+    with undisturbed():
         executor.run(range(cell.warmup + cell.steps))
-        timeline.marks = True
+        timeline.begin_marks(cell.marked)
         executor.run(range(cell.warmup + cell.steps, total))
     row = {
         **_identity(cell, slots, where),
@@ -335,16 +335,6 @@ def free_device_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _check_room(size: int, where: str) -> None:

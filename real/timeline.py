@@ -46,7 +46,7 @@ class DeviceTimes(NamedTuple):
 
 
 class Timeline:
-    """Stamps and marks of a run on `device`; device marks only if `marks` is true."""
+    """Stamps and marks of a run on `device`; device marks only if `marks` is true, or from `begin_marks` on."""
 
     def __init__(self, device: Device, layers: int, *, marks: bool = False) -> None:
         self.device = device
@@ -64,6 +64,11 @@ class Timeline:
         """(event, bytes, whether a demand, mark before, mark after)"""
 
     # ---- while it runs ---------------------------------------------------------------------------------------
+
+    def begin_marks(self, steps: int) -> None:
+        """Make device marks from now on, for about `steps` steps."""
+        self.device.reserve_marks(steps * (self.layers * 24 + 2))
+        self.marks = True
 
     def begin_step(self, step: int) -> None:
         """The host begins to issue a step."""
@@ -114,12 +119,9 @@ class Timeline:
         """A group of experts is computed."""
         self._mark(_END)
 
-    def mark_copy(self, event: int, size: int, demand: bool, copy: Callable[[], None]) -> None:
-        """Submit a copy of `size` bytes during `event`, between two marks."""
-        if not self.marks:
-            copy()
-            return
-        before = self.device.mark(COPY)
+    def mark_copy(self, event: int, size: int, demand: bool, behind: bool, copy: Callable[[], None]) -> None:
+        """Submit a copy of `size` bytes during `event` and mark its end, and its start unless it is `behind` another one."""
+        before = self._copies[-1][-1] if behind and self._copies else self.device.mark(COPY)
         copy()
         self._copies.append((event, size, int(demand), before, self.device.mark(COPY)))
 

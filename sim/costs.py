@@ -52,6 +52,14 @@ class Costs(NamedTuple):
     """By how much longer the first chunk takes on a link that was idle."""
     step_readout_ns: int = NO_READOUT
     """From the end of a step on the device until the host goes on; `NO_READOUT` where it does not wait for that end."""
+    group_ns: int = 0
+    """Compute once per group of experts: those that were there are one group, each that lands later is one."""
+    demand_ns: tuple[int, ...] = ()
+    """[chunks + 1] link time of the last n chunks of an expert as a demand, in one copy; empty: chunk by chunk."""
+    committed_chunks: int = 0
+    """Chunks that a prefetch moves before it gives way to a demand, besides the one that is moving."""
+    beside_ns: int = 0
+    """By how much longer attention, or a group of experts, takes beside a link that is busy when it starts."""
 
 
 def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints, precision: str = "bf16") -> Costs:
@@ -84,32 +92,49 @@ def make_costs(hardware: Hardware, model: ModelSpec, tokens: Ints, context: Ints
         hardware.expert_launch_ns + max(read_ns, _ceil_divide(count * operations * NS, hardware.flops))
         for count in range(1, int(tokens.max(initial=0)) + 1)
     ]
+    attention_ns = np.array(attention, np.int64) + hardware.layer_launch_ns
+    step_ns, group_ns = hardware.step_launch_ns, 0
+    measured = hardware.models.get(model.name) if precision == "bf16" else None
+    if measured is not None:
+        attention_ns = np.array([along(measured.attention, each) for each in context.tolist()], np.int64)
+        expert = [measured.expert_ns + each - expert[0] for each in expert]
+        step_ns, group_ns = measured.step_ns, measured.group_ns
     return Costs(
         host_gate_ns=hardware.gate_issue_ns,
         host_experts_ns=hardware.expert_issue_ns,
         host_step_ns=hardware.host_step_ns,
         readout_ns=hardware.readout_ns,
-        step_ns=np.full(len(tokens), hardware.step_launch_ns, np.int64),
-        attention_ns=np.array(attention, np.int64) + hardware.layer_launch_ns,
+        step_ns=np.full(len(tokens), step_ns, np.int64),
+        attention_ns=attention_ns,
         expert_ns=np.array([0, *expert], np.int64),
         chunks=chunks,
-        chunk_ns=link_ns(train, chunk_bytes),
-        last_chunk_ns=link_ns(train, expert_bytes - (chunks - 1) * chunk_bytes),
+        chunk_ns=along(train, chunk_bytes),
+        last_chunk_ns=along(train, expert_bytes - (chunks - 1) * chunk_bytes),
         expert_bytes=expert_bytes,
         chunk_bytes=chunk_bytes,
-        link_start_ns=max(0, link_ns(hardware.h2d, chunk_bytes) - link_ns(train, chunk_bytes)),
+        link_start_ns=max(0, along(hardware.h2d, chunk_bytes) - along(train, chunk_bytes)),
         step_readout_ns=NO_READOUT if hardware.step_readout_ns is None else hardware.step_readout_ns,
+        group_ns=group_ns,
+        demand_ns=(0, *(along(train, expert_bytes - (chunks - left) * chunk_bytes) for left in range(1, chunks + 1))),
+        committed_chunks=hardware.committed_chunks,
+        beside_ns=hardware.beside_ns,
     )
 
 
 def with_free_link(costs: Costs) -> Costs:
     """Return the same costs with transfers that take no time: what remains is compute and host."""
-    return costs._replace(chunk_ns=0, last_chunk_ns=0, link_start_ns=0)
+    return costs._replace(chunk_ns=0, last_chunk_ns=0, link_start_ns=0, demand_ns=())
 
 
 def transfer_ns(costs: Costs) -> int:
-    """Return how long one expert occupies a link that was busy before."""
-    return (costs.chunks - 1) * costs.chunk_ns + costs.last_chunk_ns
+    """Return how long one expert occupies a link that was busy before, as a demand."""
+    return demand_times(costs)[-1]
+
+
+def demand_times(costs: Costs) -> tuple[int, ...]:
+    """Return [chunks + 1] the link time of the last n chunks of an expert that an event waits for."""
+    by_chunks = ((left - 1) * costs.chunk_ns + costs.last_chunk_ns for left in range(1, costs.chunks + 1))
+    return costs.demand_ns or (0, *by_chunks)
 
 
 def decode_layer_ns(costs: Costs, top_k: int) -> int:
@@ -119,14 +144,14 @@ def decode_layer_ns(costs: Costs, top_k: int) -> int:
     issues the next layer's attention and gate while the experts, and then the first of it, already run. The
     context is the shortest of all steps, as a system would see when it measures itself before it serves.
     """
-    compute_ns = top_k * int(costs.expert_ns[1]) + int(costs.attention_ns.min())
+    compute_ns = costs.group_ns + top_k * int(costs.expert_ns[1]) + int(costs.attention_ns.min())
     return costs.readout_ns + costs.host_experts_ns + max(compute_ns, costs.host_gate_ns)
 
 
-def link_ns(curve: Curve, size: int) -> int:
-    """Return the time of one host-to-device copy of `size` bytes: linear between the points (bytes, ns) of `curve`.
+def along(curve: Curve, size: int) -> int:
+    """Return the ns that `curve` has for `size`: linear between its points (size, ns).
 
-    Below the first point a copy takes as long as there; beyond the last one the last segment goes on.
+    Below the first point it is the time there; beyond the last one the last segment goes on.
     """
     if size <= curve[0][0]:
         return curve[0][1]

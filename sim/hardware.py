@@ -13,7 +13,7 @@ from traces.trace import ModelSpec
 TAGS = ("measured", "datasheet", "assumed")
 """Where a constant may come from: a measurement, the vendor's figure, or neither."""
 
-CURVE_UNIT = "[bytes, ns]"
+CURVE_UNIT, CONTEXT_UNIT = "[bytes, ns]", "[tokens, ns]"
 _POSITIVE, _FROM_ZERO = 1, 0
 
 # group -> constant -> (unit, smallest value that makes sense)
@@ -22,6 +22,7 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
         "h2d": (CURVE_UNIT, _POSITIVE),
         "h2d_train": (CURVE_UNIT, _POSITIVE),
         "chunk_bytes": ("bytes", _POSITIVE),
+        "committed_chunks": ("chunks", _FROM_ZERO),
     },
     "compute": {
         "memory_bandwidth": ("bytes/s", _POSITIVE),
@@ -29,6 +30,7 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
         "expert_launch_ns": ("ns", _FROM_ZERO),
         "layer_launch_ns": ("ns", _FROM_ZERO),
         "step_launch_ns": ("ns", _FROM_ZERO),
+        "beside_ns": ("ns", _FROM_ZERO),
     },
     "host": {
         "readout_ns": ("ns", _FROM_ZERO),
@@ -40,11 +42,18 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, int]]] = {
     "device": {"memory_bytes": ("bytes", _POSITIVE)},
 }
 
-OPTIONAL = ("link.h2d_train", "host.step_readout_ns")
+_MODEL_LAYOUT: Mapping[str, tuple[str, int]] = {
+    "attention": (CONTEXT_UNIT, _POSITIVE),
+    "group_ns": ("ns", _FROM_ZERO),
+    "expert_ns": ("ns", _POSITIVE),
+    "step_ns": ("ns", _POSITIVE),
+}
+
+OPTIONAL = ("link.h2d_train", "link.committed_chunks", "compute.beside_ns", "host.step_readout_ns")
 """Constants that a profile may lack; the memory model then lacks the term."""
 
 Curve = tuple[tuple[int, int], ...]
-"""Points (bytes, ns) by rising bytes."""
+"""Points (bytes or tokens, ns), both rising."""
 
 Value = int | Curve
 """A whole number, or the points of a curve."""
@@ -62,6 +71,19 @@ class Constant(NamedTuple):
     source: str
     spread: tuple[tuple[int, int], ...] = ()
     """10th and 90th percentile of what was measured: one pair for a number, one per point for a curve; or nothing."""
+
+
+class ModelTimes(NamedTuple):
+    """What one model takes on the device at batch 1 in bf16, measured on the kernels that run it."""
+
+    attention: Curve
+    """Attention, gate and shared experts of one layer, by cached tokens."""
+    group_ns: int
+    """Once per group of routed experts that are computed together."""
+    expert_ns: int
+    """Every routed expert besides."""
+    step_ns: int
+    """Embedding, last norm, head and sampling."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,12 @@ class Hardware:
     """One host-to-device copy behind another one; None where it was not measured apart."""
     step_readout_ns: int | None = None
     """From the end of a step on the device until the host goes on; None where the host does not wait for that end."""
+    committed_chunks: int = 0
+    """Chunks that are given to the copy engine ahead of the one that is moving, and cannot be called back."""
+    beside_ns: int = 0
+    """By how much longer attention, or a group of experts, takes while the link is busy."""
+    models: Mapping[str, ModelTimes] = field(default_factory=dict)
+    """Times of models that were measured themselves; for others they follow from bytes and flops."""
     constants: tuple[Constant, ...] = ()
     """Every figure above with its source."""
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -119,10 +147,10 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
     """Check a profile and return it as `Hardware`.
 
     A profile has a `name` and the groups ``link``, ``compute``, ``host`` and ``device``; every constant is a mapping of
-    `value`, `unit`, `tag`, `source` and, if it likes, `spread`. A mapping `machine` is kept as it is. Raises InputError
-    that names the field, its value and what is right.
+    `value`, `unit`, `tag`, `source` and, if it likes, `spread`. A mapping `models` may hold times of single models, by name.
+    A mapping `machine` is kept as it is. Raises InputError that names the field, its value and what is right.
     """
-    _same_keys("hardware", profile, ("name", *_LAYOUT), ("name", *_LAYOUT, "machine"))
+    _same_keys("hardware", profile, ("name", *_LAYOUT), ("name", *_LAYOUT, "models", "machine"))
     name = _text("hardware.name", profile["name"])
     constants: dict[str, Constant] = {}
     for group, layout in _LAYOUT.items():
@@ -132,6 +160,12 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
             if key not in profile[group]:
                 continue
             constants[f"{group}.{key}"] = _constant(f"{group}.{key}", profile[group][key], unit, smallest)
+
+    measured_models = _mapping("hardware.models", profile.get("models") or {})
+    for model, times in measured_models.items():
+        _same_keys(f"hardware.models.{model}", times, _MODEL_LAYOUT)
+        for key, (unit, smallest) in _MODEL_LAYOUT.items():
+            constants[f"models.{model}.{key}"] = _constant(f"models.{model}.{key}", times[key], unit, smallest)
 
     def number(of: str) -> int:
         value = constants[of].value
@@ -159,6 +193,15 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         memory_bytes=number("device.memory_bytes"),
         h2d_train=curve("link.h2d_train") if "link.h2d_train" in constants else None,
         step_readout_ns=number("host.step_readout_ns") if "host.step_readout_ns" in constants else None,
+        committed_chunks=number("link.committed_chunks") if "link.committed_chunks" in constants else 0,
+        beside_ns=number("compute.beside_ns") if "compute.beside_ns" in constants else 0,
+        models={
+            model: ModelTimes(
+                curve(f"models.{model}.attention"),
+                *(number(f"models.{model}.{key}") for key in ("group_ns", "expert_ns", "step_ns")),
+            )
+            for model in measured_models
+        },
         constants=tuple(constants.values()),
         machine=dict(_mapping("hardware.machine", profile.get("machine") or {})),
     )
@@ -204,8 +247,8 @@ def _constant(name: str, entry: Any, unit: str, smallest: int) -> Constant:
     if entry["tag"] not in TAGS:
         raise InputError(f"{where}.tag is '{entry['tag']}': {nearest(str(entry['tag']), TAGS)}")
     value: Value = (
-        _curve(f"{where}.value", entry["value"])
-        if unit == CURVE_UNIT
+        _curve(f"{where}.value", entry["value"], unit)
+        if unit in (CURVE_UNIT, CONTEXT_UNIT)
         else _whole(f"{where}.value", entry["value"], smallest, unit)
     )
     source = _text(f"{where}.source", entry["source"])
@@ -230,18 +273,19 @@ def _spread(where: str, spread: Any, value: Value) -> tuple[tuple[int, int], ...
     return found
 
 
-def _curve(where: str, points: Any) -> Curve:
-    """Return the points of a curve; bytes must rise, time must not fall."""
+def _curve(where: str, points: Any, unit: str) -> Curve:
+    """Return the points of a curve; bytes or tokens must rise, time must not fall."""
+    what = unit.strip("[]").partition(",")[0]
     if not isinstance(points, (list, tuple)) or len(points) < 2:
-        raise InputError(f"{where} is {points!r}: it must be a list of at least two points {CURVE_UNIT}")
+        raise InputError(f"{where} is {points!r}: it must be a list of at least two points {unit}")
     curve: list[tuple[int, int]] = []
     for index, point in enumerate(points):
         if not isinstance(point, (list, tuple)) or len(point) != 2:
-            raise InputError(f"{where}[{index}] is {point!r}: it must be one point {CURVE_UNIT}")
-        size = _whole(f"{where}[{index}][0]", point[0], _POSITIVE, "bytes")
+            raise InputError(f"{where}[{index}] is {point!r}: it must be one point {unit}")
+        size = _whole(f"{where}[{index}][0]", point[0], _POSITIVE, what)
         time = _whole(f"{where}[{index}][1]", point[1], _FROM_ZERO, "ns")
         if curve and size <= curve[-1][0]:
-            raise InputError(f"{where}[{index}][0] is {size}: bytes must rise, and the point before has {curve[-1][0]}")
+            raise InputError(f"{where}[{index}][0] is {size}: {what} must rise, and the point before has {curve[-1][0]}")
         if curve and time < curve[-1][1]:
             raise InputError(f"{where}[{index}][1] is {time}: time must not fall, and the point before has {curve[-1][1]}")
         curve.append((size, time))

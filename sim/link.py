@@ -11,7 +11,7 @@ from typing import Any
 
 from simpy.events import URGENT, Event
 
-from sim.costs import Costs
+from sim.costs import Costs, demand_times
 
 
 class Transfer:
@@ -55,6 +55,8 @@ class Link:
         self.chunks = costs.chunks
         self.chunk_ns = costs.chunk_ns
         self.last_chunk_ns = costs.last_chunk_ns
+        self.demand_ns = demand_times(costs)
+        self.committed_chunks = costs.committed_chunks
         self.start_ns = costs.link_start_ns
         self._start, self._landed, self._pause, self._moved = start, landed, pause, moved
         self.demand: deque[Transfer] = deque()
@@ -122,7 +124,7 @@ class Link:
             if not transfer.started:
                 self._start(transfer, starts)
                 transfer.started = True
-            now += (transfer.chunks_left - 1) * self.chunk_ns + self.last_chunk_ns
+            now += self.demand_ns[transfer.chunks_left]
             starts = now
             self.train.append((now, transfer))
         self.demand.clear()
@@ -143,11 +145,11 @@ class Link:
         self._serve()
 
     def _ask_to_give_way(self, transfer: Transfer) -> None:
-        """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
+        """Let a prefetch stop at the end of what the copy engine was given of it, unless that ends it."""
         if self.chunk_ns == 0:
             return
         elapsed = self.env.now - self.moving_since
-        chunks = max(1, -(-elapsed // self.chunk_ns))
+        chunks = max(1, -(-elapsed // self.chunk_ns)) + self.committed_chunks
         if chunks < transfer.chunks_left:
             self._call_after(self.moving_since + chunks * self.chunk_ns - self.env.now, self._give_way)
 

@@ -31,6 +31,10 @@ class Observations:
             assert trace.router_logits is not None
             self.router_logits = trace.router_logits[rows].astype(np.float32)
 
+    def rows(self, step: int) -> tuple[int, int]:
+        """Return the first row of a step and the one after its last."""
+        return self.starts[step], self.starts[step + 1]
+
     def event(self, step: int, layer: int, now: int) -> Seen:
         """Return what a real system sees at this event."""
         rows = slice(self.starts[step], self.starts[step + 1])

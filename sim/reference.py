@@ -120,17 +120,21 @@ class _Engine:
         for step, (attention_ns, step_ns) in enumerate(steps):
             for layer in range(self.events.layers):
                 # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
-                issued = host + costs.host_gate_ns
-                began = max(compute, host)
-                gate_end = max(began + attention_ns, issued)
+                starts, issued = max(compute, host), host + costs.host_gate_ns
+                takes_ns = attention_ns
+                if costs.beside_ns:
+                    yield env.timeout(starts - env.now)
+                    if self.link.moving is not None:
+                        takes_ns += costs.beside_ns
+                gate_end = max(starts + takes_ns, issued)
                 if self.spans is not None:
                     event = step * self.events.layers + layer
                     self._span("host", "gate", host, issued, event)
-                    self._span("compute", "host", compute, began, event)
-                    self._span("compute", "attention", began, began + attention_ns, event)
-                    self._span("compute", "host", began + attention_ns, gate_end, event)
-                self.computed += attention_ns
-                self.host_idle += gate_end - compute - attention_ns
+                    self._span("compute", "host", compute, starts, event)
+                    self._span("compute", "attention", starts, starts + takes_ns, event)
+                    self._span("compute", "host", starts + takes_ns, gate_end, event)
+                self.computed += takes_ns
+                self.host_idle += gate_end - compute - takes_ns
                 yield env.timeout(gate_end + costs.readout_ns - env.now)
 
                 host = env.now + costs.host_experts_ns
@@ -166,7 +170,7 @@ class _Engine:
         first = min(len(absent), slots - len(present) - len(awaited))
         waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
 
-        compute = issued
+        compute, beside_ns = issued, self.costs.beside_ns
         self.host_idle += issued - gate_end
         if self.spans is not None:
             self._span("compute", "host", gate_end, issued, now)
@@ -176,28 +180,33 @@ class _Engine:
             if number == 0:
                 if self.depth:
                     self._predict(step, layer)
-                for key in present:
-                    if self.spans is not None:
-                        self._span("compute", "expert", compute, compute + takes[key], now, key)
-                    compute += takes[key]
+                if present:
+                    compute += self.costs.group_ns + sum(takes[key] for key in present)
             self.link.go()
+            if number == 0 and present and (awaited or absent or self.link.moving is not None):
+                compute += beside_ns
+                self.computed += beside_ns
+            first_done = compute
             if self.outstanding:
                 self.all_landed = self.env.event()
                 yield self.all_landed
             for landed, key in self.arrivals:
-                if self.spans is not None:
-                    begins = max(compute, landed)
-                    self._span("compute", "wait", compute, landed, now, key)
-                    self._span("compute", "expert", begins, begins + takes[key], now, key)
                 if landed > compute:
                     self.waited += landed - compute
                     compute = landed
-                compute += takes[key]
+                compute += self.costs.group_ns + takes[key] + beside_ns
+                self.computed += beside_ns
+            if self.arrivals and self.link.moving is None:  # nothing moves beside the last one
+                compute -= beside_ns
+                self.computed -= beside_ns
+            if self.spans is not None:
+                self._note_experts([] if number else present, takes, issued, first_done, compute)
             if number + 1 < len(waves):
                 yield self.env.timeout(max(0, compute - self.env.now))
                 self.residency.hold(wave, FREE)
         self.wave, self.release_ns = wave, compute
-        self.computed += sum(takes.values())
+        groups = len(union) - len(present) + bool(present)
+        self.computed += sum(takes.values()) + groups * self.costs.group_ns
         if self.system.composition.reupload_after_use:
             yield self.env.timeout(max(0, compute - self.env.now))
             if self.release_ns is not None:  # else the link came by at this very instant
@@ -451,6 +460,25 @@ class _Engine:
     def _span(self, resource: str, what: str, start: int, end: int, event: int, key: int = -1) -> None:
         if self.spans is not None and end > start:
             self.spans.append(Span(resource, what, start, end, key, event))
+
+    def _note_experts(self, present: list[int], takes: dict[int, int], start: int, first_done: int, end: int) -> None:
+        """Note when a wave computed each expert: those that were there from `start` to `first_done`, then each as it landed.
+
+        The launch of a group counts to its first expert, and what a busy link cost to its last.
+        """
+        for place, key in enumerate(present, start=1):
+            done = start + takes[key] + (self.costs.group_ns if place == 1 else 0)
+            done = first_done if place == len(present) else done
+            self._span("compute", "expert", start, done, self.now, key)
+            start = done
+        start = first_done
+        for place, (landed, key) in enumerate(self.arrivals, start=1):
+            self._span("compute", "wait", start, landed, self.now, key)
+            start = max(start, landed)
+            done = start + self.costs.group_ns + takes[key] + self.costs.beside_ns
+            done = end if place == len(self.arrivals) else done
+            self._span("compute", "expert", start, done, self.now, key)
+            start = done
 
     def _asked(self, key: int) -> None:
         if self.spans is not None:

@@ -2,13 +2,13 @@
 
 import numpy as np
 
+from real.decisions import Decisions
 from real.device import COMPUTE, COPY
 from real.executor import Executor, Shape
 from real.schedule import Schedule
 from real.standin import StandIn
 from real.timeline import Timeline
 from sim.conformance import build
-from sim.observations import Observations
 
 EXPERT_BYTES = 8
 """Every byte of expert k is k, so that whoever reads a slot sees what is there."""
@@ -60,9 +60,8 @@ def offload(
     lookers = Lookers(workload, device, int(system.setting.capacity.sum()))
     events, log = workload.events, []
     executor = Executor(
-        system,
+        Decisions.on_trace(system, workload),
         Shape(len(workload.decode), events.layers, events.experts),
-        Observations(workload, composition.needs).event,
         lookers,
         device,
         lookers.copy,

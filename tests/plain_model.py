@@ -24,7 +24,8 @@ class PlainModel:
         self.renews_on_hit, self.drop_unused, self.reupload = eviction == "lru", drop_unused, reupload
         self.residents = [[] for _ in self.capacity]  # oldest first
         self.hold, self.moves, self.unused = {}, {}, {}
-        self.demands, self.prefetches, self.moving = [], [], None
+        self.demands, self.prefetches, self.moving, self.whole = [], [], None, []
+        self.chunks, self.committed = 1, 0
         self.time = self.chunk_start = self.chunk_end = self.busy = 0
         self.chunk_ended = -1
         self.event, self.ending = -1, None  # ending: (time, keys, event) of an event that is being computed
@@ -97,11 +98,16 @@ class PlainModel:
             move = (self.demands or self.prefetches).pop(0)
             if move.started or self.start(move):
                 self.moving = move
+                if move.demand:  # else it goes on in chunks, even if it becomes a demand on the way
+                    self.whole.append(move)
                 self.next_chunk()
 
     def next_chunk(self):
         self.chunk_start = self.time
         self.chunk_end = self.time + (self.costs.last_chunk_ns if self.moving.left == 1 else self.costs.chunk_ns)
+        self.chunks = 1
+        if self.costs.demand_ns and self.moving.demand and self.moving in self.whole:
+            self.chunk_end, self.chunks = self.time + self.costs.demand_ns[self.moving.left], self.moving.left
         if self.chunk_ended != self.time:  # the link was idle
             self.chunk_end += self.costs.link_start_ns
 
@@ -109,8 +115,12 @@ class PlainModel:
         move = self.moving
         self.time = self.chunk_ended = self.chunk_end
         self.busy += self.chunk_end - self.chunk_start
-        move.left -= 1
-        move.moved += 1
+        move.left -= self.chunks
+        move.moved += self.chunks
+        if move.left and self.demands and not move.demand and self.committed:
+            self.committed -= 1
+            self.next_chunk()
+            return
         if move.left and (move.demand or not self.demands):
             self.next_chunk()
             return
@@ -149,6 +159,10 @@ class PlainModel:
             else:
                 break
         self.time = max(self.time, until)
+
+    def finish_what_takes_no_time(self):
+        while self.moving and self.chunk_start == self.chunk_end == self.time:
+            self.chunk_ends()
 
     # ---- events
 
@@ -220,8 +234,13 @@ class PlainModel:
             computed = waited = hits = lates = misses = 0
             before = compute
             for _ in range(self.layers):
-                gate_end = max(max(compute, host) + attention, host + costs.host_gate_ns)
-                computed += attention
+                starts = max(compute, host)
+                if costs.beside_ns:
+                    self.go_on(starts)
+                    self.finish_what_takes_no_time()
+                longer = costs.beside_ns if self.moving else 0
+                gate_end = max(starts + attention + longer, host + costs.host_gate_ns)
+                computed += attention + longer
                 self.go_on(gate_end + costs.readout_ns)
                 if self.ending:
                     self.end_event()
@@ -245,15 +264,23 @@ class PlainModel:
                     self.ask_for(key for key in wave if number or key not in present)
                     if number == 0:
                         self.predict()
-                        compute += sum(takes[union[key]] for key in present)
-                        computed += sum(takes[union[key]] for key in present)
+                        together = sum(takes[union[key]] for key in present) + (costs.group_ns if present else 0)
+                        compute += together
+                        computed += together
+                    self.committed = costs.committed_chunks  # what the copy engine has besides when it is asked to give way
                     self.serve()
+                    if number == 0 and present and self.moving:
+                        compute += costs.beside_ns
+                        computed += costs.beside_ns
                     while self.awaited:
                         self.chunk_ends()
-                    for landed, key in self.arrivals:
+                    self.finish_what_takes_no_time()
+                    for place, (landed, key) in enumerate(self.arrivals):
+                        alone = place + 1 == len(self.arrivals) and not self.moving
+                        spent = costs.group_ns + takes[union[key]] + (0 if alone else costs.beside_ns)
                         waited += max(0, landed - compute)
-                        compute = max(compute, landed) + takes[union[key]]
-                        computed += takes[union[key]]
+                        compute = max(compute, landed) + spent
+                        computed += spent
                 self.ending = compute, waves[-1], self.event
                 if self.reupload:
                     self.go_on(compute)

@@ -7,7 +7,7 @@ import pytest
 from test_hardware import load_profile, tiny_profile
 from test_model_specs import load_model
 
-from sim.costs import NO_READOUT, decode_layer_ns, link_ns, make_costs, transfer_ns, with_free_link
+from sim.costs import NO_READOUT, along, decode_layer_ns, make_costs, transfer_ns, with_free_link
 from sim.hardware import make_hardware
 from traces.errors import InputError
 from traces.trace import ModelSpec
@@ -65,7 +65,7 @@ def test_an_expert_at_lower_precision_is_read_faster():
     [(1, 10), (100, 10), (101, 11), (150, 15), (200, 20), (700, 70), (1200, 120), (2200, 220)],
 )
 def test_link_time_follows_the_curve_and_goes_on_beyond_it(size, time):
-    assert link_ns(TINY.h2d, size) == time
+    assert along(TINY.h2d, size) == time
 
 
 def test_an_expert_crosses_in_chunks_and_the_last_is_the_rest():

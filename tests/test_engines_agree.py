@@ -71,7 +71,8 @@ def test_every_system_on_the_bundled_recording(name, budget):
     config = compose_config("simulate", [f"system={name}", f"budget={budget}", "trace.tokens=150"])
     workload = workload_of(config)
     costs = costs_of(config, workload)[0]
-    costs = costs._replace(chunks=3, chunk_ns=costs.last_chunk_ns // 3, last_chunk_ns=costs.last_chunk_ns // 3)
+    third = costs.last_chunk_ns // 3
+    costs = costs._replace(chunks=3, chunk_ns=third, last_chunk_ns=third, demand_ns=())
     assert_agree(lambda: system_of(config, workload, costs), workload, costs)
 
 
@@ -156,6 +157,10 @@ def cases(draw, **fixed):
         chunk_bytes=100,
         link_start_ns=draw(st.integers(0, 300)),
         step_readout_ns=draw(st.integers(-1, 90)),
+        group_ns=draw(st.integers(0, 90)),
+        demand_ns=draw(st.sampled_from([(), (0, 110, 230, 300)])),
+        committed_chunks=draw(st.integers(0, 2)),
+        beside_ns=draw(st.sampled_from([0, 0, 7, 40])),
     )
     tried = composition(drop=draw(st.booleans()), reupload=draw(st.booleans()), **parts)
     rule, parameters = tried.parts["prefetch"]

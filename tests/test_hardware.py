@@ -91,14 +91,14 @@ def test_tags_are_counted():
         (
             "hosts",
             {},
-            "hardware has no field 'hosts': did you mean 'host'? known: compute, device, host, link, machine, name",
+            "hardware has no field 'hosts': did you mean 'host'? known: compute, device, host, link, machine, models, name",
         ),
         ("host", 3, "hardware.host is 3: it must be a mapping"),
         ("name", "", "hardware.name is '': it must be a text that is not empty"),
         (
             "link.chunk_byte",
             {},
-            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, h2d, h2d_train",
+            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, committed_chunks, h2d, h2d_train",
         ),
         (
             "link.chunk_bytes.source",

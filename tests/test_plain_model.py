@@ -122,9 +122,15 @@ class Case:
             chunk_bytes=100,
             link_start_ns=0 if rng.random() < 0.4 or chunk == 0 else int(rng.integers(0, 2 * chunk + 100)),
             step_readout_ns=-1 if rng.random() < 0.6 else int(rng.integers(0, 2000)),
+            group_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 900)),
+            demand_ns=() if rng.random() < 0.4 or chunk == 0 else (0, *np.cumsum(rng.integers(100, 8000, chunks)).tolist()),
+            committed_chunks=int(rng.integers(0, 3)),
+            beside_ns=0 if rng.random() < 0.4 else int(rng.integers(0, 900)),
         )
         if rng.random() < 0.3:  # round numbers, so that much happens at the same instant
-            rounded = {name: -(-value // 1000) for name, value in costs._asdict().items() if name.endswith("_ns")}
+            timed = {name: value for name, value in costs._asdict().items() if name.endswith("_ns")}
+            whole = tuple(-(-value // 1000) for value in timed.pop("demand_ns"))
+            rounded = {"demand_ns": whole, **{name: -(-value // 1000) for name, value in timed.items()}}
             if costs.step_readout_ns < 0:
                 rounded["step_readout_ns"] = costs.step_readout_ns
             costs = costs._replace(**rounded)

@@ -28,6 +28,7 @@ def recorded(system, budget, chunks):
     costs = costs._replace(
         chunks=chunks, chunk_ns=piece, last_chunk_ns=piece, chunk_bytes=costs.expert_bytes // chunks, link_start_ns=1000
     )
+    costs = costs._replace(group_ns=700, beside_ns=300, demand_ns=())
     log, spans = [], []
     run = run_reference(system_of(config, workload, costs), workload, costs, log, spans)
     silent_log = []

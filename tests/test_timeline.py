@@ -42,7 +42,7 @@ def timeline():
     timeline.gate_issued()  # 37
     timeline.routed()
     for _ in range(2):
-        timeline.mark_copy(1, 100, True, lambda: None)
+        timeline.mark_copy(1, 100, True, False, lambda: None)
     timeline.decided()
     timeline.mark_wait()  # 40
     timeline.mark_start()  # 45

@@ -62,6 +62,9 @@ def run_part(runs: Any, stop: Any) -> Any:
         if log_is_full(run):
             break
         attention_ns = step_of(run).attention_ns
+        if run.beside_ns:
+            _let_link_act(run, max(run.compute, run.host))
+            attention_ns += run.beside_ns * int(run.moving != NOTHING)
         # Attention and gate: they start as soon as issuing begins and end no earlier than it ends.
         issued = run.host + run.host_gate_ns
         gate_end = max(max(run.compute, run.host) + attention_ns, issued)
@@ -112,7 +115,14 @@ def _serve_event(run: Any, gate_end: Any) -> None:
     _begin_wave(run, awaited, wave, next_wave)
     if run.depth:
         _predict(run)
+    arrivals = awaited + next_wave
+    if arrivals and hits > awaited:
+        _take_longer(run, 1)
     _let_link_act(run, ONLY_SERVE)
+    if arrivals:
+        _let_last_be_quick(run)
+    elif hits and run.moving != NOTHING:
+        _take_longer(run, 1)
     while next_wave < absent and not run.broken:
         _let_link_act(run, max(run.compute, run.time))
         _release(run)
@@ -120,6 +130,7 @@ def _serve_event(run: Any, gate_end: Any) -> None:
         _hold_wave(run, 0, wave, next_wave)
         _begin_wave(run, 0, wave, next_wave)
         _let_link_act(run, ONLY_SERVE)
+        _let_last_be_quick(run)
     run.release_ns = run.compute
     if run.reupload_after_use:
         _let_link_act(run, max(run.compute, run.time))
@@ -142,7 +153,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     # In local variables, because a compiler must assume that writing any table changes them.
     keys_at, tokens_at, expert_ns_at = run.keys_at, run.tokens_at, run.expert_ns_at
     experts_at, places_at, holds_at = run.experts_at, run.places_at, run.holds_at
-    hits_at, misses_at = run.hits_at, run.misses_at
+    hits_at, misses_at, arrival_ns = run.hits_at, run.misses_at, run.group_ns + run.beside_ns
     run.held = stop - start
     hits = awaited = absent = late = useful = present_ns = total_ns = 0
     for index in range(start, stop):
@@ -151,7 +162,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
         expert = record(experts_at, key, EXPERT)
         expert.needed = now
         put(holds_at, key, HELD, INT8)  # until the event ends; for those that have no slot it means nothing
-        record(places_at, key - first_key, PLACE).takes = takes
+        record(places_at, key - first_key, PLACE).takes = takes + arrival_ns  # read of those that are waited for
         record(places_at, index - start, PLACE).held = key
         # All lists are written and some of them grow: nobody, no processor either, foresees which.
         put(hits_at, hits, key, INT32)
@@ -173,7 +184,8 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     note_judged(run, hits, awaited, absent)
     if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
         _stop(run, BY_EXCEPTION, NOTHING)
-    run.computed += total_ns
+    together = run.group_ns * int(hits > awaited)
+    run.computed += total_ns + together + (awaited + absent) * arrival_ns
     run.hits += hits - awaited
     run.late_hits += awaited
     run.misses += absent
@@ -194,7 +206,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
         this.predicted = NOTHING
         if stale:
             _drop_stale_prefetches(run)
-    return hits, awaited, absent, present_ns
+    return hits, awaited, absent, present_ns + together
 
 
 @njit(forceinline=True)
@@ -218,6 +230,19 @@ def _begin_wave(run: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
             _prepare(run, key, run.now, False, True)
             place(run, run.demands).demand = key
             run.demands += 1
+
+
+@njit(forceinline=True)
+def _take_longer(run: Any, groups: Any) -> None:
+    """Let the compute stream take as much longer as `groups` take beside a busy link."""
+    run.compute += groups * run.beside_ns
+    run.computed += groups * run.beside_ns
+
+
+@njit(forceinline=True)
+def _let_last_be_quick(run: Any) -> None:
+    """Take back what the last expert that landed takes longer, if the link is idle since."""
+    _take_longer(run, -int(run.moving == NOTHING))
 
 
 @njit(forceinline=True)
@@ -497,14 +522,14 @@ def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
     ns, compute, waited, start_ns = run.time, run.compute, run.waited, _start_ns(run)
     places_at, experts_at, first_key = run.places_at, run.experts_at, run.first_key
-    chunk_ns, last_chunk_ns = run.chunk_ns, run.last_chunk_ns
+    demand_ns_at = run.demand_ns_at
     for index in range(run.demands):
         demand = record(places_at, index, PLACE)
         key = demand.demand
         expert = record(experts_at, key, EXPERT)
         if expert.transfer != STARTED:
             _start_transfer(run, key, ns)
-        ns += start_ns + (transfer_of(run, key).chunks_left - 1) * chunk_ns + last_chunk_ns
+        ns += start_ns + number(demand_ns_at, transfer_of(run, key).chunks_left, INT64)
         start_ns = 0
         expert.transfer = NONE
         if expert.refresh:
@@ -546,12 +571,12 @@ def _start_ns(run: Any) -> Any:
 
 @njit(forceinline=True)
 def _ask_to_give_way(run: Any) -> None:
-    """Let a prefetch stop at the end of the chunk that is moving, unless that is its last."""
+    """Let a prefetch stop at the end of what the copy engine was given of it, unless that ends it."""
     chunks_left = transfer_of(run, run.moving).chunks_left
     if run.chunk_ns == 0 or chunks_left == 1:
         return
     elapsed = run.time - run.moving_since
-    chunks = max(1, -(-elapsed // run.chunk_ns))
+    chunks = max(1, -(-elapsed // run.chunk_ns)) + run.committed_chunks
     if chunks < chunks_left:
         run.alarm = GIVE_WAY
         run.alarm_ns = run.moving_since + chunks * run.chunk_ns

@@ -31,7 +31,6 @@ from numba.core.compiler import Flags
 from numba.core.cpu import CPUTargetOptions
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload, overload_method
-from platformdirs import user_cache_dir
 
 FAILED = -(1 << 62)
 """What an entry returns when the policy raised an exception."""
@@ -198,7 +197,12 @@ def compiled(function: Callable[..., Any], of: str = "", checked: bool = False) 
 @cache
 def cache_folder() -> Path:
     """Return the folder of compiled code: the user's cache folder, or a temporary one where that cannot be written."""
-    wanted = Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache_dir()) / "foregate"
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    if not named:
+        from platformdirs import user_cache_dir  # a machine with a GPU may lack it
+
+        named = user_cache_dir()
+    wanted = Path(named) / "foregate"
     try:
         wanted.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=wanted).close()

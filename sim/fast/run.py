@@ -10,7 +10,7 @@ import numpy as np
 from policies.contract import NEVER
 from policies.residency import ContractError, no_prediction, no_victim
 from policies.system import System
-from sim.costs import Costs
+from sim.costs import Costs, demand_times
 from sim.events import make_events
 from sim.fast import kernel
 from sim.fast.hooks import PLACES, Hooks, Observed, make_told
@@ -66,7 +66,7 @@ class _FastRun:
             self.run["log_room"] = len(self.tables["log_at"])
         self._point_to(self.tables)
         self._point_to({f"{name}_at": getattr(self.told, name) for name in ("holds", "hits", "misses", "seen", "ids")})
-        self._point_to({"expert_ns_at": costs.expert_ns})
+        self._point_to({"expert_ns_at": costs.expert_ns, "demand_ns_at": np.array(demand_times(costs), np.int64)})
         self._buffers: dict[str, Any] = {}
 
     def result(self) -> Run:

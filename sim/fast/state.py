@@ -22,6 +22,7 @@ RUN = np.dtype(
             # costs, as in sim.costs.Costs
             *("host_gate_ns", "host_experts_ns", "host_step_ns", "readout_ns"),
             *("chunks", "chunk_ns", "last_chunk_ns", "expert_bytes", "chunk_bytes", "link_start_ns", "step_readout_ns"),
+            *("group_ns", "committed_chunks", "beside_ns"),
             # shape and system
             *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
             # clocks; `row` is the running event's in COMING, `first_key` its layer's
@@ -42,7 +43,7 @@ RUN = np.dtype(
             # arrays that policies see (sim.fast.hooks.Told)
             *("holds_at", "hits_at", "misses_at", "seen_at", "ids_at"),
             # events of the present part of the trace
-            *("first_event", "first_step", "offsets_at", "keys_at", "tokens_at", "expert_ns_at"),
+            *("first_event", "first_step", "offsets_at", "keys_at", "tokens_at", "expert_ns_at", "demand_ns_at"),
             # entries of the policies and their states (sim.fast.hooks)
             *("event_entry", "admit_entry", "evicted_entry", "observe_entry", "predict_entry", "most_entry", "take_entry"),
             *("eviction_state", "predictor_state", "prefetch_state"),
