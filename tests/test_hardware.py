@@ -98,8 +98,8 @@ def test_tags_are_counted():
         (
             "link.chunk_byte",
             {},
-            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, committed_chunks, h2d, "
-            "h2d_train",
+            "hardware.link has no field 'chunk_byte': did you mean 'chunk_bytes'? known: chunk_bytes, committed_chunks, "
+            "h2d, h2d_train",
         ),
         (
             "link.chunk_bytes.source",

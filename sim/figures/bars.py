@@ -76,49 +76,50 @@ def time_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
     """Draw a panel per system: where the time of a token goes at every budget. Returns the first of `paths`."""
     tables = split(ranked(rows))
     found = [pd.concat(panel) for panel in style.by_setting(tables)]
-    labels = [(points, label) for points in found for label in _in_order(points)]
-    panel = max(1.85, 0.08 * max(len(label) for _, label in labels) + 0.2)  # titles stand side by side
-    across = min(max(1, int(11.1 / panel)), len(labels))
-    down = -(-len(labels) // across)
+    names = [_in_order(points) for points in found]
+    panel = max(1.85, 0.08 * max(len(label) for labels in names for label in labels) + 0.2)  # titles stand side by side
+    across = min(max(1, int(11.1 / panel)), max(map(len, names)))
+    downs = [-(-len(labels) // across) for labels in names]
+    height = 1.75 * sum(downs) + (0.5 * len(found) if len(found) > 1 else 0)
     with style.style():
-        figure, axes = style.panels(
-            tables, (panel * across + 0.6, 1.75 * down), (down, across), panel * across, sharey=len(found) == 1
-        )
-        for place, (axis, (points, label)) in enumerate(zip(axes, labels, strict=False)):
-            line = points[points["label"] == label].sort_values("budget")
-            ceiling = bool(line["ceiling"].iloc[0])
-            ends = np.zeros(len(line))
-            for name, (colour, _) in _TIME.items():
-                lengths = line[name].fillna(0).to_numpy(dtype=float)
-                axis.bar(
-                    range(len(line)),
-                    lengths,
-                    bottom=ends,
-                    width=0.74,
-                    color=colour,
-                    linewidth=0,
-                    alpha=0.5 if ceiling else 1,
-                )
-                ends += lengths
-            axis.set_xticks(range(len(line)), [f"{100 * share:.3g}" for share in line["budget"]], fontsize=7)
-            axis.set_xlim(-0.6, len(line) - 0.4)
-            axis.grid(axis="y")
-            axis.set_title(
-                label,
-                loc="left",
-                fontsize=8,
-                color=GREY if ceiling else "black",
-                fontstyle="italic" if ceiling else "normal",
-            )
-            if place % across == 0:
-                axis.set_ylabel("ms per token")
-            if place + across >= len(labels):
-                axis.set_xlabel("budget, %")
-        for axis in axes[len(labels) :]:
+        figure, axes = style.panels(tables, (panel * across + 0.6, height), (sum(downs), across), panel * across)
+        for axis in axes:
             axis.set_axis_off()
+        first = 0
+        for points, labels, down in zip(found, names, downs, strict=True):
+            longest = float(points[list(_TIME)].sum(axis=1).max())
+            for place, label in enumerate(labels):
+                above = style.heading(points, panel * across) if len(found) > 1 and place == 0 else ""
+                axis = axes[first + place]
+                _draw_budgets(axis, points[points["label"] == label].sort_values("budget"), longest, above)
+                if place % across == 0:
+                    axis.set_ylabel("ms per token")
+                if place + across >= len(labels):
+                    axis.set_xlabel("budget, %")
+            first += down * across
         handles = [Patch(facecolor=colour, label=name) for colour, name in _TIME.values()]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         return style.save(figure, paths)
+
+
+def _draw_budgets(axis: Axes, line: pd.DataFrame, longest: float, above: str) -> None:
+    """Draw one system: a bar per budget, on an axis that ends beyond `longest` ms; `above` is what its row is of."""
+    ceiling = bool(line["ceiling"].iloc[0])
+    axis.set_axis_on()
+    ends = np.zeros(len(line))
+    for name, (colour, _) in _TIME.items():
+        lengths = line[name].fillna(0).to_numpy(dtype=float)
+        axis.bar(range(len(line)), lengths, bottom=ends, width=0.74, color=colour, linewidth=0, alpha=0.5 if ceiling else 1)
+        ends += lengths
+    axis.set_xticks(range(len(line)), [f"{100 * share:.3g}" for share in line["budget"]], fontsize=7)
+    axis.set_xlim(-0.6, len(line) - 0.4)
+    axis.set_ylim(0, 1.05 * max(longest, 1e-9))
+    axis.grid(axis="y")
+    look: dict[str, Any] = {"color": GREY, "fontstyle": "italic"} if ceiling else {}
+    # The layout would widen the panel for what stands above its title: it is given the height alone.
+    axis.set_title("\n" * (len(above.splitlines()) + bool(above)) + line["label"].iloc[0], loc="left", fontsize=8, **look)
+    beside: dict[str, Any] = {"textcoords": "offset points", "xycoords": "axes fraction", "fontsize": 8}
+    axis.annotate(above, (0, 1), xytext=(0, 18), **beside).set_in_layout(False)
 
 
 def _in_order(points: pd.DataFrame) -> list[str]:
