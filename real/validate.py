@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from real.chrome import write_chrome_trace
 from real.measured import MeasuredRun, from_replay, read_folder, replay_results, write_measured
 from real.validation import CellReport, compare_cell, find_trace, in_order, kendall_tau, summary
 from sim import store
 from sim.config import Config, check_config, check_types, compose_config
 from sim.experiment import workload_of
 from sim.hardware import Hardware, make_hardware, model_spec
+from sim.timeline import Recording, write_timeline
 from sim.workload import make_workload
 from traces import Trace, load_trace, save_trace
 from traces.atomic import write_atomically
@@ -186,8 +186,8 @@ def _write_timeline(path: Path, report: CellReport, run: MeasuredRun) -> None:
     """Write four steps of the report's two runs side by side."""
     model, last = run.cell["model"], int(run.steps["step"].max()) + 1
     names = (f"measured: {report.name}", f"simulated: {report.name}")
-    logs = dict(zip(names, report.logs, strict=True))
-    write_chrome_trace(path, logs, model["layers"], model["experts"], range(max(0, last - 4), last))
+    runs = {name: Recording(log) for name, log in zip(names, report.logs, strict=True)}
+    write_timeline(path, runs, model["layers"], model["experts"], range(max(0, last - 4), last))
 
 
 def print_reports(out: Console, reports: Sequence[CellReport], hardware: Hardware) -> None:
@@ -255,6 +255,11 @@ def write_ground_truth(
     write_atomically(folder / "hardware.json", json.dumps(profile, indent=1).encode())
     write_atomically(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False).encode())
     return found
+
+
+def ground_truth() -> list[tuple[str, dict[str, Any]]]:
+    """Return the committed summaries, each with the machine that was measured. Raises InputError where one is damaged."""
+    return [(path.parent.name, _read_json(path)) for path in sorted(GROUND_TRUTH.glob("*/summary.json"))]
 
 
 def check_ground_truth(folder: Path) -> list[str]:

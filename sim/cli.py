@@ -37,9 +37,11 @@ from sim.config import (
     readable,
 )
 from sim.experiment import composition_of, simulate, trace_path, trace_tokens
+from sim.html import NAMES, Measured, select_rows, write_figures, write_report
 from sim.report import print_ranking, ranking_dict
 from sim.search import search
 from sim.study import Outcome, as_word, run_study, status
+from sim.timeline import write_run_timeline
 from traces.errors import InputError, nearest
 from traces.recorder.loading import require_packages
 
@@ -50,6 +52,7 @@ USAGE = """foregate VERB [overrides]
   sweep                   a study: sweep experiment=ranking, or axes of your own: sweep axes.system=[lru,fate]
   search                  parameters tuned on half of the requests, reported on the others: search experiment=tuning
   status                  which points of every study are stored, and which are missing
+  report                  stored results as one HTML file, or as a figure: report figure=budget_curve
   trace record            a real model's routing, as it generates (needs torch and transformers)
   generate                a real model with its experts offloaded (needs torch and transformers)
   validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
@@ -109,6 +112,7 @@ def _compare(words: list[str]) -> int:
     overrides, config_dir = _options("compare", words)
     if overrides is None:
         return 0
+    _refuse_timeline(overrides)
     base = compose_config("compare", overrides, config_dir)
     with _Progress("systems x budgets") as progress:
         rows, left_out = compare(overrides, config_dir=config_dir, progress=progress)
@@ -126,13 +130,42 @@ def _compare(words: list[str]) -> int:
     return 0
 
 
+def _report(words: list[str]) -> int:
+    config = _settings("report", words, "results")
+    if config is None:
+        return 0
+    from real.validate import ground_truth
+
+    measured = [Measured(machine, summary) for machine, summary in ground_truth()]
+    chosen = select_rows(config["results"], config["select"])
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    if config["figure"] is None:
+        with _Progress("figures", "{done} of {total} figures drawn") as progress:
+            path = write_report(chosen, measured, config["out"] or Path(config["results"]) / "report.html", progress)
+        _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
+        return 0
+    names = list(NAMES) if config["figure"] == "all" else [one_of("figure", config["figure"], ("all", *NAMES))]
+    paths, refused = write_figures(names, chosen.rows, measured, config["out"] or Path(config["results"]) / "figures")
+    for path in paths:
+        _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
+    if not paths:
+        raise InputError(refused[0])
+    for sentence in refused:
+        errors.print(f"not drawn: {sentence}", markup=False)
+    return 0
+
+
 def _simulate(words: list[str]) -> int:
     if {"-m", "--multirun"} & set(words):
         return _multirun("simulate", words)
     overrides, config_dir = _options("simulate", words)
     if overrides is None:
         return 0
-    _say(_row_line(simulate(compose_config("simulate", overrides, config_dir))))
+    config = compose_config("simulate", overrides, config_dir)
+    _say(_row_line(simulate(config)))
+    if config["timeline"] is not None:
+        path = write_run_timeline(config["timeline"], config, config["timeline_steps"])
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"timeline: {path}", markup=False)
     return 0
 
 
@@ -205,6 +238,7 @@ def _multirun(verb: str, words: list[str]) -> int:
     overrides, config_dir = _options(verb, [word for word in words if word not in ("-m", "--multirun")])
     if overrides is None:
         return 0
+    _refuse_timeline(overrides)
     overrides = expand(overrides)
     found = None if config_dir is None else str(Path(config_dir).absolute())
     job = partial(_job, verb, overrides, found, str(Path.cwd()), os.getpid())
@@ -233,6 +267,12 @@ def _multirun(verb: str, words: list[str]) -> int:
         count = f"{len(faults)} points of the sweep could not run, the first: " if len(faults) > 1 else ""
         raise InputError(f"{count}{faults[0]}")
     return 0
+
+
+def _refuse_timeline(overrides: Sequence[str]) -> None:
+    """Raise InputError where many runs are asked for a timeline."""
+    if any(override.partition("=")[0] == "timeline" for override in overrides):
+        raise InputError("timeline: only of one run, foregate simulate ... timeline=NAME.json.gz without -m")
 
 
 def _job(
@@ -438,10 +478,11 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
-    "generate": _generate,
     "sweep": _sweep,
     "search": _search,
     "status": _status,
+    "report": _report,
+    "generate": _generate,
     "validate": _validate,
     "calibrate": _calibrate,
     "trace import": _trace_import,
@@ -487,7 +528,7 @@ def _settings(config_name: str, words: list[str], positional: str) -> Config | N
         value = words[0] if positional == "trace" else quoted(words[0])
         words = [f"{positional}={value}", *words[1:]]
     # Mappings that are open: their keys need not stand in the file.
-    words = [f"++{word}" if word.startswith(("parameters", "options")) else word for word in words]
+    words = [f"++{word}" if word.startswith(("parameters", "options", "select")) else word for word in words]
     overrides, config_dir = _options(config_name, words)
     if overrides is None:
         return None

@@ -50,6 +50,10 @@ _TYPES = {
     "options": ((dict,), "a mapping such as {NAME: VALUE}"),
     "recipe": ((str,), "a text"),
     "parameters": ((dict,), "a mapping such as {NAME: VALUE}"),
+    "timeline": ((str, type(None)), "a file NAME.json.gz"),
+    "timeline_steps": ((int, type(None)), "a whole number of steps, or null for all"),
+    "select": ((dict,), "a mapping such as {COLUMN: VALUE}"),
+    "figure": ((str, type(None)), "the name of a figure, or all"),
 }
 """What the settings of all verbs may be."""
 
@@ -74,7 +78,8 @@ _RUN = (
     "plugins",
     "results",
 )
-_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "jobs", "json", "study", "axes", "baselines", "space", "trials", "at_once")
+_OF_MANY = ("systems", "jobs", "json", "study", "axes", "baselines", "space", "trials", "at_once")
+_KNOWN = (*_RUN, *_GROUPS, "budget", "timeline", "timeline_steps", *_OF_MANY)
 """Settings of a run, a comparison, a study or a search."""
 
 

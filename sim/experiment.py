@@ -29,7 +29,7 @@ from traces.trace import ModelSpec
 REQUESTS = ("tuning", "held_out")
 """Parts of a trace that share no request: parameters are tuned on one and reported on the other."""
 
-_WHERE_TO = ("results", "jobs", "systems", "json")
+_WHERE_TO = ("results", "jobs", "systems", "json", "timeline", "timeline_steps")
 """Settings that say where or how to run, not what: a row is the same whoever wrote it, and wherever."""
 
 
