@@ -45,6 +45,8 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     config = compose_config("validate", overrides, config_dir)
     check_config({name: value for name, value in config.items() if name not in OWN})
     check_types(config)
+    if config["link_gb_per_s"] is not None:
+        raise InputError("link_gb_per_s: a run is measured, and simulated, on the link that its machine has; leave it null")
     results = Path(config["results"]) / "validation"
     folder = _ground_truth() if config["runs"] is None and not _has_gpu() else config["runs"]
     runs = _measure(config, overrides, config_dir, results) if folder is None else _stored(Path(folder), config["cells"])

@@ -48,24 +48,18 @@ def select_rows(results: str | Path, select: Mapping[str, Any]) -> Selected:
 
     Raises InputError for an unknown column and where no row is left.
     """
-    rows = store.read_rows(results)
-    for column, wanted in select.items():
-        if column not in rows or column in store.LISTS:
-            known = [str(name) for name in rows if name not in store.LISTS]
+    known = [name for name in store.SCHEMA.names if name not in store.LISTS]
+    for column in select:
+        if column not in known:
             raise InputError(f"select: there is no column '{column}': {nearest(column, known)}")
-        rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
+    rows = store.read_rows(results, where=select)
     if rows.empty:
         raise InputError(f"{results}: no stored result has {dict(select)}")
-    rows = rows.assign(written=[_written(results, key) for key in rows["key"]])
-    newest = rows.groupby(["trace_hash", "config"], dropna=False)["written"].transform("max")
-    kept = rows[rows["written"] == newest].drop(columns="written")
+    age = {key: place for place, key in enumerate(store.keys_by_age(results))}
+    by_age = rows.assign(age=rows["key"].map(age)).sort_values("age")
+    newest = by_age.drop_duplicates(["trace_hash", "config"], keep="last").index
+    kept = rows[rows.index.isin(newest)]
     return Selected(kept.reset_index(drop=True), len(rows) - len(kept))
-
-
-def _written(results: str | Path, key: str) -> int:
-    """Return when a result was written, ns; 0 for one that has no file of its own."""
-    path = Path(results) / "rows" / f"{key}.parquet"
-    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def write_figures(

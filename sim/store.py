@@ -112,6 +112,14 @@ def stored_keys(directory: str | os.PathLike[str]) -> set[str]:
     return keys.union(*_part_keys(directory).values())
 
 
+def keys_by_age(directory: str | os.PathLike[str]) -> list[str]:
+    """Return the keys of all results in the order in which they were written; raises InputError where a part is damaged."""
+    loose = _by_age(_loose(directory))
+    parts = _part_keys(directory)
+    old = [key for part in _by_age(list(parts)) for key in parts[part]]
+    return list(dict.fromkeys([*old, *(path.stem for path in loose)]))
+
+
 def write_row(directory: str | os.PathLike[str], row: Mapping[str, Any]) -> Path:
     """Store one row and return its file, ``DIRECTORY/rows/<key>.parquet``.
 
@@ -175,13 +183,15 @@ def compact(directory: str | os.PathLike[str]) -> int:
     """Move the rows that lie in files of their own, and those of small parts, into one part; return how many they are.
 
     Safe at any time, beside writers, readers and other compactions, and for a kill at any moment: the part is whole and on
-    the disk before the first file is deleted. Files that are damaged or of another version stay where they are.
+    the disk before the first file is deleted. Files that are damaged or of another version stay where they are. A part holds
+    its rows in the order in which they were written.
     """
     for _ in range(_ATTEMPTS):
         loose = _loose(directory)
         if not loose:
             return 0
-        files = [*loose, *(part for part, keys in _part_keys(directory).items() if len(keys) < PART_ROWS)]
+        small = [part for part, keys in _part_keys(directory).items() if len(keys) < PART_ROWS]
+        files = [*_by_age(small), *_by_age(loose)]
         try:
             table = _table(files, SCHEMA.names, None)
         except _ERRORS:
@@ -196,7 +206,7 @@ def compact(directory: str | os.PathLike[str]) -> int:
                 continue  # another compaction was faster
         keys = table["key"].to_pylist()
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        table = table.take([first[key] for key in sorted(first)])
+        table = table.take(sorted(first.values()))
         sink = pa.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, compression="zstd", row_group_size=PART_ROWS)
         content = sink.getvalue().to_pybytes()
@@ -234,7 +244,18 @@ def _parts(directory: str | os.PathLike[str]) -> list[Path]:
     return sorted(_folder(directory).glob(f"{_PART}*.parquet"))
 
 
-def _part_keys(directory: str | os.PathLike[str]) -> dict[Path, frozenset[str]]:
+def _by_age(files: list[Path]) -> list[Path]:
+    """Return files, those written first before the others; what is gone was moved into a part, and is old."""
+    written = {}
+    for path in files:
+        try:
+            written[path] = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            written[path] = 0
+    return sorted(files, key=lambda path: (written[path], path))
+
+
+def _part_keys(directory: str | os.PathLike[str]) -> dict[Path, dict[str, None]]:
     """Return the keys in every part, of a moment at which all of them were there."""
     for _ in range(_ATTEMPTS):
         parts = _parts(directory)
@@ -248,9 +269,9 @@ def _part_keys(directory: str | os.PathLike[str]) -> dict[Path, frozenset[str]]:
 
 
 @lru_cache(maxsize=256)
-def _keys_of(part: Path, size: int) -> frozenset[str]:
-    """Return the keys in a part: it is named after its content, and read once per process."""
-    return frozenset(pyarrow.parquet.read_table(part, columns=["key"])["key"].to_pylist())
+def _keys_of(part: Path, size: int) -> dict[str, None]:
+    """Return the keys in a part, in its order: it is named after its content, and read once per process."""
+    return dict.fromkeys(pyarrow.parquet.read_table(part, columns=["key"])["key"].to_pylist())
 
 
 def _read(
@@ -292,7 +313,11 @@ def _condition(where: Mapping[str, Any]) -> Any:
     condition = None
     for name, value in where.items():
         values = list(value) if isinstance(value, (list, tuple, set)) else [value]
-        one = pyarrow.compute.field(name).isin(pa.array(values, SCHEMA.field(name).type))
+        kind = SCHEMA.field(name).type
+        try:
+            one = pyarrow.compute.field(name).isin(pa.array(values).cast(kind))
+        except _ERRORS as error:
+            raise InputError(f"{name} is {value!r}, but that column holds {kind}") from error
         condition = one if condition is None else condition & one
     return condition
 
@@ -318,7 +343,7 @@ def _files(directory: str | os.PathLike[str], keys: list[str] | None) -> tuple[l
     absent = [key for key in keys if key not in alone and key not in held]
     if absent:
         raise InputError(f"{directory}: {len(absent)} of {len(keys)} results are not stored, the first is {absent[0]}")
-    return loose, [part for part, found in parts.items() if not found.isdisjoint(keys)]
+    return loose, [part for part, found in parts.items() if not found.keys().isdisjoint(keys)]
 
 
 def _flush(path: Path) -> None:

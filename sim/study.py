@@ -45,7 +45,7 @@ ALL = "all"
 Progress = Callable[[int, int, str], None]
 
 _OF_A_STUDY = ("study", "axes", "baselines", "jobs")
-_NOT_AN_AXIS = (*_OF_A_STUDY, "results", "plugins", "systems", "json", "experiment")
+_NOT_AN_AXIS = (*_OF_A_STUDY, "results", "plugins", "systems", "json", "experiment", "timeline", "timeline_steps")
 _COMPACT_EVERY = 500
 _FRUITLESS = 5
 """How often in a row workers may be killed without having finished anything, before we give up."""
@@ -148,11 +148,13 @@ def plan(overrides: Sequence[str] = (), config_dir: str | None = None) -> Study:
 
 
 def check_study(base: Config) -> None:
-    """Raise InputError where a study's name is no file's, or its number of processes none."""
+    """Raise InputError where a study's name is no file's, its number of processes none, or a timeline is asked for."""
     name = base["study"]
     if not re.fullmatch(r"[\w+=.,-]+", name) or name.startswith("."):
         raise InputError(f"study is '{name}': it names a file and is made of letters, digits, '_', '-', '+', '=' and '.'")
     workers(base["jobs"], 1)
+    if base["timeline"] is not None:
+        raise InputError("timeline: only of one run, foregate simulate ... timeline=NAME.json.gz")
 
 
 # ---- what a study on disk says -----------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def commands():
     """Return every `foregate ...` line of a code block and every one of a code span, once."""
     found = []
     for page in PAGES:
-        text = page.read_text()
+        text = page.read_text().replace("\\\n", "")
         for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
             found += [line for line in block.splitlines() if line.startswith("foregate ")]
         found += re.findall(r"(?<!`)`(foregate [^`\n]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))

@@ -144,6 +144,15 @@ def test_the_crossover_names_the_winner_of_every_field(tmp_path, drawn):
         crossover_figure(rows[rows["hardware"] == "h100_pcie5"], tmp_path / "one.png")
 
 
+def test_a_link_that_was_set_has_the_bandwidth_that_it_was_set_to(tmp_path, drawn):
+    words = [[f"link_gb_per_s={speed}"] for speed in (200, 3)] + [[]]
+    configs = [compose_config("simulate", ["hardware=h100_pcie5", *word]) for word in words]
+    rows = [make_row(hardware=config["hardware"]["name"], config=json.dumps(config)) for config in configs]
+    crossover_figure(pd.DataFrame(rows), tmp_path / "crossover.png")
+    labels = [label.get_text().split("\n") for label in drawn[0].axes[0].get_xticklabels()]
+    assert [(label[0], label[1]) for label in labels] == [("3", "h100"), ("47.9", "h100"), ("200", "h100")]
+
+
 def compose_hardware(name):
     return json.dumps({"hardware": compose_config("simulate", [f"hardware={name}"])["hardware"]})
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -10,7 +11,8 @@ from rows import make_row, make_rows
 from sim.cli import main
 from sim.config import compose_config
 from sim.html import NAMES, Measured, Selected, caveats, select_rows, write_figures, write_report
-from sim.store import read_rows, write_row
+from sim.store import compact, read_rows, write_row
+from traces.errors import InputError
 
 SUMMARY = {
     "cells": [{"name": "lru", "anchor": None, "measured_tpot_ns": 2e6, "simulated_tpot_ns": 3e6, "priced_tpot_ns": 2e6}],
@@ -119,8 +121,26 @@ def test_of_equal_runs_the_newest_is_reported(tmp_path):
         path = write_row(tmp_path, make_row(key=key, config="{}", code_version=key))
         os.utime(path, (1000 + age, 1000 + age))
     write_row(tmp_path, make_row("fate", key="other", config='{"a": 1}'))
-    chosen = select_rows(tmp_path, {})
-    assert (sorted(chosen.rows["key"]), chosen.left_out) == (["new", "other"], 1)
+    for _ in ("as they were written", "in one part"):
+        chosen = select_rows(tmp_path, {})
+        assert (sorted(chosen.rows["key"]), chosen.left_out) == (["new", "other"], 1)
+        compact(tmp_path)
+    write_row(tmp_path, make_row(key="a-newer-one", config="{}"))
+    assert sorted(select_rows(tmp_path, {}).rows["key"]) == ["a-newer-one", "other"]
+
+
+def test_rows_are_selected_by_their_columns(tmp_path):
+    read([make_row(name, config=json.dumps(name)) for name in ("lru", "fate")], tmp_path)
+    assert list(select_rows(tmp_path, {"system": ["fate", "none"]}).rows["system"]) == ["fate"]
+    for select, sentence in (
+        ({"sistem": "lru"}, "select: there is no column 'sistem': did you mean 'system'"),
+        ({"requests": 1}, "select: there is no column 'requests'"),
+        ({"slots": "many"}, "slots is 'many', but that column holds int64"),
+        ({"slots": 0.5}, "slots is 0.5, but that column holds int64"),
+        ({"system": "none"}, "no stored result has {'system': 'none'}"),
+    ):
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            select_rows(tmp_path, select)
 
 
 def test_figures_are_written_as_png_and_pdf_or_refused_with_a_reason(folder, tmp_path):

@@ -216,6 +216,9 @@ def test_the_command_writes_one_and_says_where(tmp_path, monkeypatch, capsys):
         ([*run, "timeline=t.json"], "timeline is 't.json': it must be a file NAME.json.gz"),
         ([*run, "timeline=t.json.gz", "timeline_steps=0"], "timeline_steps is 0: it must be at least 1, or null for all"),
         (["compare", "timeline=t.json.gz"], "timeline: only of one run"),
+        (["sweep", "axes.system=[lru]", "timeline=t.json.gz"], "timeline: only of one run"),
+        (["search", "experiment=tuning", "timeline=t.json.gz"], "timeline: only of one run"),
+        (["sweep", "axes.timeline_steps=[1,2]"], "timeline_steps"),
         (["simulate", "-m", "system=lru,lfu", "timeline=t.json.gz"], "timeline: only of one run"),
     ):
         assert main(words) == 2

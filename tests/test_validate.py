@@ -54,6 +54,7 @@ def test_the_table_names_anchors_and_what_it_adds_up_to(folder, tmp_path, capsys
         (["runs=nowhere"], "runs is 'nowhere': there is no such folder"),
         (["runs=tests"], "tests: there is no measured run"),
         (["rnus=x"], "'rnus' is not a setting"),
+        (["link_gb_per_s=20"], "link_gb_per_s: a run is measured, and simulated, on the link that its machine has"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, capsys):

@@ -36,7 +36,7 @@ def crossover_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
     if not groups:
         raise InputError(
             "a crossover needs results of one trace on two machines or more: store some with hardware=NAME, or with "
-            "another constant such as hardware.link.h2d.value=..."
+            "another link_gb_per_s (foregate sweep experiment=hardware_crossover)"
         )
     winners = list(pd.concat(groups)["system"].value_counts().index)
     colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(winners)}
@@ -90,8 +90,11 @@ def _draw_field(axis: Any, group: pd.DataFrame, winners: list[str], colours: dic
 
 
 def _bandwidth(config: str) -> float:
-    """Return the bandwidth of a row's link, GB/s: that of the largest copy of its measured curve."""
-    size, ns = make_hardware(json.loads(config)["hardware"]).h2d[-1]
+    """Return the bandwidth of a row's link, GB/s: as set, else that of the largest copy of its measured curve."""
+    settings = json.loads(config)
+    if settings.get("link_gb_per_s") is not None:
+        return float(settings["link_gb_per_s"])
+    size, ns = make_hardware(settings["hardware"]).h2d[-1]
     return size / ns
 
 
