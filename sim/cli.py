@@ -37,11 +37,9 @@ from sim.config import (
     readable,
 )
 from sim.experiment import composition_of, simulate, trace_path, trace_tokens
-from sim.html import NAMES, Measured, select_rows, write_figures, write_report
 from sim.report import print_ranking, ranking_dict
 from sim.search import search
 from sim.study import Outcome, as_word, run_study, status
-from sim.timeline import write_run_timeline
 from traces.errors import InputError, nearest
 from traces.recorder.loading import require_packages
 
@@ -135,6 +133,7 @@ def _report(words: list[str]) -> int:
     if config is None:
         return 0
     from real.validate import ground_truth
+    from sim.html import NAMES, Measured, select_rows, write_figures, write_report
 
     measured = [Measured(machine, summary) for machine, summary in ground_truth()]
     chosen = select_rows(config["results"], config["select"])
@@ -164,6 +163,8 @@ def _simulate(words: list[str]) -> int:
     config = compose_config("simulate", overrides, config_dir)
     _say(_row_line(simulate(config)))
     if config["timeline"] is not None:
+        from sim.timeline import write_run_timeline
+
         path = write_run_timeline(config["timeline"], config, config["timeline_steps"])
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"timeline: {path}", markup=False)
     return 0

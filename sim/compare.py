@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed  # type: ignore[import-untyped]
 
 from sim import store
 from sim.budget import parse_budget
 from sim.config import Config, check_config, compose_config, one_of, options
 from sim.engines import ENGINES
-from sim.experiment import composition_of, costs_of, key_of, simulate, trace_name, workload_of
-from sim.study import workers
+from sim.experiment import composition_of, costs_of, key_of, trace_name, workload_of
+from sim.study import Point, Study, run_points, workers
 from traces.errors import InputError
 
 
@@ -36,20 +35,10 @@ def compare(
     configs, left_out = _plan(base, overrides, config_dir)
     workload = workload_of(base)
     costs_of(base, workload)  # refuses a model or machine that cannot be priced before anything runs
-    keys = [key_of(config, workload.trace) for config in configs]
-    there = store.stored_keys(base["results"])
-    todo = [config for config, key in zip(configs, keys, strict=True) if key not in there]
-    done = len(configs) - len(todo)
-    count = workers(base["jobs"], len(todo))
-    jobs = Parallel(n_jobs=count, return_as="generator_unordered", inner_max_num_threads=1) if count > 1 else None
-    results = jobs(delayed(_run)(config) for config in todo) if jobs else map(_run, todo)
-    for what, sentence in results:
-        done += 1
-        if sentence:
-            left_out.append(sentence)
-        progress(done, len(configs), what)
-    there = store.stored_keys(base["results"])
-    stored = [key for key in keys if key in there]
+    points = [Point(config, {}, key_of(config, workload.trace)) for config in configs]
+    _, faults = run_points(Study("compare", base["results"], list(overrides), points, base["jobs"]), points, progress)
+    left_out += faults.values()
+    stored = [point.key for point in points if point.key not in faults]
     if not stored:
         why = f"no system could run: {left_out[0]}" if left_out else "systems or budget is empty: name at least one"
         raise InputError(why)
@@ -78,16 +67,6 @@ def _plan(base: Config, overrides: Sequence[str], config_dir: str | None) -> tup
             continue
         configs += [{**config, "budget": budget} for budget in budgets]
     return configs, left_out
-
-
-def _run(config: Config) -> tuple[str, str | None]:
-    """Run one system in a worker; return its name and, if it cannot run, why."""
-    what = f"{config['system']['name']} at {config['budget']}"
-    try:
-        simulate(config)
-    except InputError as error:
-        return what, str(error)
-    return what, None
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -386,11 +386,12 @@ def _results(points: list[Point], jobs: int) -> Iterator[list[tuple[str, str, st
         # One by one, so that progress is seen.
         return ([_run(key, config)] for batch in batches for key, config in batch)
     pool = Parallel(n_jobs=count, return_as="generator_unordered", inner_max_num_threads=1)
-    results: Iterator[list[tuple[str, str, str | None]]] = pool(delayed(_run_batch)(batch) for batch in batches)
+    results: Iterator[list[tuple[str, str, str | None]]] = pool(delayed(_run_batch)(os.getcwd(), batch) for batch in batches)
     return results
 
 
-def _run_batch(batch: list[tuple[str, Config]]) -> list[tuple[str, str, str | None]]:
+def _run_batch(folder: str, batch: list[tuple[str, Config]]) -> list[tuple[str, str, str | None]]:
+    os.chdir(folder)  # a worker that was there before is where it was started
     return [_run(key, config) for key, config in batch]
 
 
