@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,7 +20,7 @@ from sim.config import Config
 from sim.figures import FIGURES, agreement_figure
 from sim.figures.style import DPI
 from sim.hardware import TAGS, make_hardware
-from sim.report import SYNTHETIC, notes, ranked, ranking_html, records, setting, split, synthetic
+from sim.report import SETTING, SYNTHETIC, notes, ranked, ranking_html, records, setting, split, synthetic
 from traces.atomic import write_atomically
 from traces.errors import InputError, nearest
 
@@ -46,7 +47,8 @@ class Selected(NamedTuple):
 def select_rows(results: str | Path, select: Mapping[str, Any]) -> Selected:
     """Return the stored rows that have the values of `select`, by column a value or several; of equal runs the newest.
 
-    Raises InputError for an unknown column and where no row is left.
+    Rows of one setting follow one another, the settings in the order of their names and numbers. Raises InputError for an
+    unknown column and where no row is left.
     """
     known = [name for name in store.SCHEMA.names if name not in store.LISTS]
     for column in select:
@@ -58,8 +60,17 @@ def select_rows(results: str | Path, select: Mapping[str, Any]) -> Selected:
     age = {key: place for place, key in enumerate(store.keys_by_age(results))}
     by_age = rows.assign(age=rows["key"].map(age)).sort_values("age")
     newest = by_age.drop_duplicates(["trace_hash", "config"], keep="last").index
-    kept = rows[rows.index.isin(newest)]
-    return Selected(kept.reset_index(drop=True), len(rows) - len(kept))
+    kept = rows[rows.index.isin(newest)].reset_index(drop=True)
+    settings = [[_by_number(str(value)) for value in row] for row in kept[SETTING].itertuples(index=False)]
+    return Selected(
+        kept.iloc[sorted(range(len(kept)), key=settings.__getitem__)].reset_index(drop=True), len(rows) - len(kept)
+    )
+
+
+def _by_number(text: str) -> list[tuple[str, float]]:
+    """Return what sorts texts by the numbers in them: 25 before 100."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(word, float(number)) for word, number in zip(parts[::2], [*parts[1::2], "0"], strict=True)]
 
 
 def write_figures(

@@ -72,7 +72,11 @@ def _draw_field(axis: Any, group: pd.DataFrame, winners: list[str], colours: dic
         aspect="auto",
         origin="lower",
     )
-    below = [f"{row['bandwidth']:.3g}\n{_machine(row['hardware'])}" for row in records(machines)]
+    names = [_machine(name) for name in machines["hardware"]]
+    one = len(set(names)) == 1
+    below = [
+        f"{row['bandwidth']:.3g}" + ("" if one else f"\n{name}") for row, name in zip(records(machines), names, strict=True)
+    ]
     axis.set_xticks(range(len(machines)), below, fontsize=7.5)
     axis.set_yticks(range(len(budgets)), [f"{100 * share:.3g}" for share in budgets])
     axis.set_xticks(np.arange(len(machines) - 1) + 0.5, minor=True)
@@ -80,12 +84,13 @@ def _draw_field(axis: Any, group: pd.DataFrame, winners: list[str], colours: dic
     axis.grid(which="minor", color="white", linewidth=1.5)
     axis.tick_params(which="both", length=0)
     axis.spines[:].set_visible(False)
-    axis.set_xlabel("link, GB/s (at the largest copy of its curve)")
+    axis.set_xlabel("link, GB/s (as set, else at the largest copy of its curve)")
     axis.set_ylabel("budget, % of all experts")
     first = group.iloc[0]
     routed = f"routing of {first['trace_model']}, " if first["trace_model"] not in ("", first["model"]) else ""
     equal = ", = where the rank is shared" if group["rank"].str.startswith("=").any() else ""
     what = f"{synthetic(group)}trace {first['trace']}, {first['workload']}; {routed}bytes of {first['model']}"
+    what += f" on {names[0].replace(chr(10), '_')}" if one else ""
     axis.set_title(style.wrapped(f"{what}. In the fields: speed against lru{equal}", width - 2.2), loc="left")
 
 

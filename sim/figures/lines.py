@@ -85,7 +85,7 @@ def miss_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
 
 
 def prediction_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
-    """Draw precision and recall of every predictor in `rows` by the layer that was foretold.
+    """Draw precision and recall of every predictor in `rows` by the layer that was foretold, one pair of panels per routing.
 
     The predictions are made again from the traces that the rows name (`sim.predictions`), at the smallest stored budget,
     and must give the rows' precision and recall. Returns the first of `paths`; raises InputError where no system predicts,
@@ -93,8 +93,9 @@ def prediction_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
     """
     tables = split(ranked(rows))
     panels = []
-    for panel in style.by_setting(tables):
-        points = pd.concat(panel).sort_values("budget", kind="stable").drop_duplicates("label")
+    # What is foretold does not depend on the machine.
+    for _, points in pd.concat(tables).groupby(["trace_hash", "workload"], sort=False):
+        points = points.sort_values("budget", kind="stable").drop_duplicates("label")
         points = points[points["predictor_precision"].notna()]
         if len(points):
             # Systems that differ in their caches only predict the same: one line for all of them.
@@ -106,8 +107,8 @@ def prediction_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
     styles = style.line_styles([pd.concat(panels)])
     beside_the_legend = _WIDTH - 1.5 - 0.08 * max(len(line) for label in styles for line in label.split("\n"))
     with style.style():
-        kept = [points for points in tables if style.setting_of(points) in {style.setting_of(panel) for panel in panels}]
-        figure, axes = style.panels(kept, (_WIDTH, 5.6 * len(panels)), (2 * len(panels), 1), beside_the_legend)
+        figure = style.blank((_WIDTH, 5.8 * len(panels)))
+        axes = figure.subplots(2 * len(panels), 1).ravel()
         for place, points in enumerate(panels):
             pair = axes[2 * place : 2 * place + 2]
             for row in records(points):
@@ -121,8 +122,9 @@ def prediction_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axis.grid()
             pair[1].set_xlabel("layer that was foretold")
-            if len(panels) > 1:
-                pair[0].set_title(style.heading(points, beside_the_legend - 1), loc="left")
+            first = points.iloc[0]
+            what = f"{synthetic(points)}trace {first['trace']}, {first['workload']}: what was predicted, layer by layer"
+            pair[0].set_title(style.wrapped(what, beside_the_legend - 1), loc="left")
         _legend(figure, styles)
         return style.save(figure, paths)
 
