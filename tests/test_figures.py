@@ -34,6 +34,12 @@ OF_ROWS = [ranking_figure, budget_figure, time_figure, traffic_figure]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Draw few dots: what they show is the same."""
+    monkeypatch.setattr(style, "DPI", 40)
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved, to be looked into."""

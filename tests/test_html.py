@@ -10,6 +10,7 @@ from rows import make_row, make_rows
 
 from sim.cli import main
 from sim.config import compose_config
+from sim.figures import style
 from sim.html import NAMES, Measured, Selected, caveats, select_rows, write_figures, write_report
 from sim.store import compact, read_rows, write_row
 from traces.errors import InputError
@@ -46,6 +47,14 @@ class Page(HTMLParser):
     @property
     def text(self):
         return "\n".join(self.words)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def coarse():
+    """Draw few dots: what they show is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", 40)
+        yield
 
 
 @pytest.fixture(scope="module")

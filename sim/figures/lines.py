@@ -123,7 +123,7 @@ def prediction_figure(rows: pd.DataFrame, *paths: str | Path) -> Path:
                 axis.grid()
             pair[1].set_xlabel("layer that was foretold")
             first = points.iloc[0]
-            what = f"{synthetic(points)}trace {first['trace']}, {first['workload']}: what was predicted, layer by layer"
+            what = f"{synthetic(points)}trace {first['trace']}, {first['workload']}: predictions by layer"
             pair[0].set_title(style.wrapped(what, beside_the_legend - 1), loc="left")
         _legend(figure, styles)
         return style.save(figure, paths)
