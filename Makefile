@@ -1,6 +1,6 @@
 # Two commands: `make compare` runs the main job, `make test` runs all checks (and installs a CPU torch for the recorder).
 # Both set up .venv first.
-.PHONY: compare test format bench clean
+.PHONY: compare test format notebooks bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,6 +18,9 @@ test: .venv/ready-for-tests
 format: .venv/ready-for-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: .venv/ready-for-tests
+	$(BIN)/python notebooks/render.py
 
 bench: .venv/ready-for-tests
 	$(BIN)/python -m benchmarks

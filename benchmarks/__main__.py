@@ -190,20 +190,26 @@ def curve_seconds(accesses: int) -> float:
 
 def compare_all(folder: Path, tokens: int) -> tuple[float, str]:
     """Return the seconds of ``foregate compare`` of every system at ten budgets, once all is compiled, and of what."""
-    path = folder / "gpt_oss.safetensors"
-    if GPT_OSS.exists():
-        save_trace(import_trace(GPT_OSS, "plain_arrays"), path)
-        trace, what = [f"trace={path.absolute()}", f"trace.tokens={tokens}", "model=gpt_oss_20b"], "recorded"
-    else:
-        trace = generate(path, tokens=tokens, layers=24, experts=32, top_k=4, model="gpt_oss_20b")
-        what = "generated"
+    trace, what = gpt_oss(folder, tokens)
     budgets = "[0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6,0.7,0.8]"
     command = [sys.executable, "-m", "sim.cli", "compare", *trace, f"budget={budgets}"]
     for results in ("first", "second"):
         start = time.perf_counter()
         subprocess.run([*command, f"results={folder / results}"], check=True, capture_output=True)
         seconds = time.perf_counter() - start
-    return seconds, f"{tokens:,} tokens of gpt-oss-20b's routing, {what}"
+    return seconds, what
+
+
+def gpt_oss(folder: Path, tokens: int) -> tuple[list[str], str]:
+    """Return overrides for so many tokens of gpt-oss-20b's routing, and words for them; generated where none is there."""
+    path = folder / "gpt_oss.safetensors"
+    if GPT_OSS.exists():
+        save_trace(import_trace(GPT_OSS, "plain_arrays"), path)
+        trace, how = [f"trace={path.absolute()}", f"trace.tokens={tokens}", "model=gpt_oss_20b"], "recorded"
+    else:
+        trace = generate(path, tokens=tokens, layers=24, experts=32, top_k=4, model="gpt_oss_20b")
+        how = "generated"
+    return trace, f"{tokens:,} tokens of gpt-oss-20b's routing, {how}"
 
 
 def peak_memory(folder: Path, tokens: int) -> float:

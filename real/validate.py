@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from real.chrome import write_chrome_trace
 from real.measured import MeasuredRun, from_replay, read_folder, replay_results, write_measured
 from real.validation import CellReport, compare_cell, find_trace, in_order, of_bound, ranking, summary
 from sim import store
 from sim.config import Config, check_config, check_types, compose_config
 from sim.experiment import workload_of
 from sim.hardware import Hardware, make_hardware, model_spec
+from sim.timeline import Recording, write_timeline
 from sim.workload import make_workload
 from traces import Trace, load_trace, save_trace
 from traces.atomic import write_atomically
@@ -45,6 +45,8 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     config = compose_config("validate", overrides, config_dir)
     check_config({name: value for name, value in config.items() if name not in OWN})
     check_types(config)
+    if config["link_gb_per_s"] is not None:
+        raise InputError("link_gb_per_s: a run is measured, and simulated, on the link that its machine has; leave it null")
     results = Path(config["results"]) / "validation"
     folder = _ground_truth() if config["runs"] is None and not _has_gpu() else config["runs"]
     runs = _measure(config, overrides, config_dir, results) if folder is None else _stored(Path(folder), config["cells"])
@@ -186,8 +188,8 @@ def _write_timeline(path: Path, report: CellReport, run: MeasuredRun) -> None:
     """Write four steps of the report's two runs side by side."""
     model, last = run.cell["model"], int(run.steps["step"].max()) + 1
     names = (f"measured: {report.name}", f"simulated: {report.name}")
-    logs = dict(zip(names, report.logs, strict=True))
-    write_chrome_trace(path, logs, model["layers"], model["experts"], range(max(0, last - 4), last))
+    runs = {name: Recording(log) for name, log in zip(names, report.logs, strict=True)}
+    write_timeline(path, runs, model["layers"], model["experts"], range(max(0, last - 4), last))
 
 
 def print_reports(out: Console, reports: Sequence[CellReport], hardware: Hardware) -> None:
@@ -256,6 +258,11 @@ def write_ground_truth(
     write_atomically(folder / "hardware.json", json.dumps(profile, indent=1).encode())
     write_atomically(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False).encode())
     return found
+
+
+def ground_truth() -> list[tuple[str, dict[str, Any]]]:
+    """Return the committed summaries, each with the machine that was measured. Raises InputError where one is damaged."""
+    return [(path.parent.name, _read_json(path)) for path in sorted(GROUND_TRUTH.glob("*/summary.json"))]
 
 
 def check_ground_truth(folder: Path) -> list[str]:

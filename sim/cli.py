@@ -6,11 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,8 +37,9 @@ from sim.config import (
     readable,
 )
 from sim.experiment import composition_of, simulate, trace_path, trace_tokens
-from sim.figures import ranking_figure
 from sim.report import print_ranking, ranking_dict
+from sim.search import search
+from sim.study import Outcome, as_word, run_study, status
 from traces.errors import InputError, nearest
 from traces.recorder.loading import require_packages
 
@@ -41,6 +47,10 @@ USAGE = """foregate VERB [overrides]
 
   compare                 rank systems on a trace at equal memory (the main job)
   simulate                one system, one result; -m sweeps: simulate -m system=lru,fate budget=0.2,0.4
+  sweep                   a study: sweep experiment=ranking, or axes of your own: sweep axes.system=[lru,fate]
+  search                  parameters tuned on half of the requests, reported on the others: search experiment=tuning
+  status                  which points of every study are stored, and which are missing
+  report                  stored results as one HTML file, or as a figure: report figure=budget_curve
   trace record            a real model's routing, as it generates (needs torch and transformers)
   generate                a real model with its experts offloaded (needs torch and transformers)
   validate                run systems on the GPU (or read runs=FOLDER) and say how wrong the simulation was
@@ -100,6 +110,7 @@ def _compare(words: list[str]) -> int:
     overrides, config_dir = _options("compare", words)
     if overrides is None:
         return 0
+    _refuse_timeline(overrides)
     base = compose_config("compare", overrides, config_dir)
     with _Progress("systems x budgets") as progress:
         rows, left_out = compare(overrides, config_dir=config_dir, progress=progress)
@@ -110,49 +121,186 @@ def _compare(words: list[str]) -> int:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for sentence in left_out:
         errors.print(f"left out: {sentence}", markup=False)
+    from sim.figures import ranking_figure  # matplotlib takes half a second to import
+
     figure = ranking_figure(rows, Path(base["results"]) / "ranking.png")
     errors.print(f"figure: {figure}; rows: {Path(base['results']) / 'rows'}", markup=False)
     return 0
 
 
-def _simulate(words: list[str]) -> int:
-    if {"-m", "--multirun"} & set(words):
-        return _multirun([word for word in words if word not in ("-m", "--multirun")])
-    overrides, config_dir = _options("simulate", words)
-    if overrides is None:
+def _report(words: list[str]) -> int:
+    config = _settings("report", words, "results")
+    if config is None:
         return 0
-    _print_row(simulate(compose_config("simulate", overrides, config_dir)))
+    from real.validate import ground_truth
+    from sim.html import NAMES, Measured, select_rows, write_figures, write_report
+
+    measured = [Measured(machine, summary) for machine, summary in ground_truth()]
+    chosen = select_rows(config["results"], config["select"])
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    if config["figure"] is None:
+        with _Progress("figures", "{done} of {total} figures drawn") as progress:
+            path = write_report(chosen, measured, config["out"] or Path(config["results"]) / "report.html", progress)
+        _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
+        return 0
+    names = list(NAMES) if config["figure"] == "all" else [one_of("figure", config["figure"], ("all", *NAMES))]
+    paths, refused = write_figures(names, chosen.rows, measured, config["out"] or Path(config["results"]) / "figures")
+    for path in paths:
+        _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
+    if not paths:
+        raise InputError(refused[0])
+    for sentence in refused:
+        errors.print(f"not drawn: {sentence}", markup=False)
     return 0
 
 
-def _multirun(words: list[str]) -> int:
-    """Let Hydra sweep; every job stores its row and prints one line, and one that cannot run does not stop the others."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, who say them in a sentence
+def _simulate(words: list[str]) -> int:
+    if {"-m", "--multirun"} & set(words):
+        return _multirun("simulate", words)
     overrides, config_dir = _options("simulate", words)
     if overrides is None:
         return 0
+    config = compose_config("simulate", overrides, config_dir)
+    _say(_row_line(simulate(config)))
+    if config["timeline"] is not None:
+        from sim.timeline import write_run_timeline
+
+        path = write_run_timeline(config["timeline"], config, config["timeline_steps"])
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"timeline: {path}", markup=False)
+    return 0
+
+
+def _sweep(words: list[str]) -> int:
+    # Axes are an open mapping: their keys need not stand in a file.
+    words = [f"++{word}" if word.startswith("axes.") else word for word in words]
+    if {"-m", "--multirun"} & set(words):
+        return _multirun("sweep", words)
+    overrides, config_dir = _options("sweep", words)
+    if overrides is None:
+        return 0
+    with _Progress("points") as progress:
+        outcome = run_study(overrides, config_dir=config_dir, progress=progress)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in outcome.left_out:
+        errors.print(f"left out: {sentence}", markup=False)
+    _say(_study_line(outcome))
+    return 0
+
+
+def _study_line(outcome: Outcome) -> str:
+    name, results = outcome.study.name, outcome.study.results
+    return (
+        f"{name}: {outcome.stored} points stored, {outcome.computed} of them computed now; rows: {Path(results) / 'rows'}, "
+        f"which of them are the study's: {Path(results) / 'studies' / name}.json"
+    )
+
+
+def _search(words: list[str]) -> int:
+    words = [f"++{word}" if word.startswith("space.") else word for word in words]
+    overrides, config_dir = _options("search", words)
+    if overrides is None:
+        return 0
+    with _Progress("trials", "{done} of {total} trials done") as progress:
+        found = search(overrides, config_dir=config_dir, progress=progress)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in found.failed:
+        errors.print(f"could not run: {sentence}", markup=False)
+    parameters = ", ".join(
+        f"{name} {as_word(found.before[name])} -> {as_word(value)}" for name, value in found.after.items()
+    )
+    _say(f"{found.system}: {parameters} (the fastest of {found.trials} trials)")
+    for name, each in (("the requests it was tuned on", found.tuning), ("the requests held out", found.held_out)):
+        interval = "too few to say" if each.is_real is None else f"{each.low:.3f} to {each.high:.3f}"
+        _say(f"  {name} ({each.requests}): {each.ratio:.3f}x as fast as before ({interval})")
+    _say(f"  gap: {100 * found.gap:.1f} points; rows: {Path(found.study.results) / 'rows'}")
+    return 0
+
+
+def _status(words: list[str]) -> int:
+    config = _settings("status", words, "results")
+    if config is None:
+        return 0
+    found = status(config["results"])
+    if not found:
+        raise InputError(f"{config['results']}: no study was run here")
+    for study in found:
+        lines = [f"{study.name}: {study.stored} of {study.points} points stored, {len(study.missing)} missing"]
+        if study.cannot_run:
+            lines.append(f"  {len(study.cannot_run)} cannot run, the first: {next(iter(study.cannot_run.values()))}")
+        if study.missing:
+            lines.append("  the first missing: " + " ".join(f"{axis}={value}" for axis, value in study.missing[0].items()))
+        for line in lines:
+            _say(line)
+    return 0
+
+
+def _multirun(verb: str, words: list[str]) -> int:
+    """Let Hydra sweep with the launcher chosen; a job that cannot run does not stop the others."""
+    overrides, config_dir = _options(verb, [word for word in words if word not in ("-m", "--multirun")])
+    if overrides is None:
+        return 0
+    _refuse_timeline(overrides)
     overrides = expand(overrides)
-    found = [] if config_dir is None else ["--config-dir", str(Path(config_dir).absolute())]
-    faults: list[str] = []
-
-    def job(composed: DictConfig) -> None:
-        # Hydra would print a line of its own about an exception.
-        try:
-            _print_row(simulate(_job_config(composed)))
-        except InputError as error:
-            faults.append(str(error))
-
-    before, sys.argv = sys.argv, ["foregate", *overrides, "--multirun", *found]
+    found = None if config_dir is None else str(Path(config_dir).absolute())
+    job = partial(_job, verb, overrides, found, str(Path.cwd()), os.getpid())
+    search = create_config_search_path("pkg://conf")
+    if found is not None:
+        search.prepend("command-line", f"file://{found}", anchor="schema")
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
     try:
-        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulate")(job)()
+        # What `hydra.main` does, except that it keeps the jobs' results to itself.
+        hydra = Hydra.create_main_hydra2("foregate", search)
+        batches = hydra.multirun(verb, job, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(readable(error, "simulate", overrides, config_dir)) from error
+        raise InputError(readable(error, verb, overrides, found)) from error
     finally:
-        sys.argv = before
+        GlobalHydra.instance().clear()
+    returns: list[JobReturn] = [each for batch in batches for each in batch]
+    faults = []
+    for each in returns:
+        printed, lines, fault = each.return_value
+        for line in [] if printed else lines:
+            _say(line)
+        if fault is not None:
+            faults.append(fault)
     if faults:
         count = f"{len(faults)} points of the sweep could not run, the first: " if len(faults) > 1 else ""
         raise InputError(f"{count}{faults[0]}")
     return 0
+
+
+def _refuse_timeline(overrides: Sequence[str]) -> None:
+    """Raise InputError where many runs are asked for a timeline."""
+    if any(override.partition("=")[0] == "timeline" for override in overrides):
+        raise InputError("timeline: only of one run, foregate simulate ... timeline=NAME.json.gz without -m")
+
+
+def _job(
+    verb: str, words: list[str], config_dir: str | None, folder: str, parent: int, composed: DictConfig
+) -> tuple[bool, list[str], str | None]:
+    """Run one job of a multirun, wherever the launcher put it; return whether its lines are printed, them, and a fault.
+
+    Exceptions are for defects: Hydra would print a line of its own about one, and only of the first job that has one.
+    """
+    if Path(folder).is_dir():
+        os.chdir(folder)  # relative paths mean what they mean where the command was given
+    here = os.getpid() == parent
+    chosen = list(HydraConfig.get().overrides.task)
+    try:
+        if verb == "simulate":
+            lines = [_row_line(simulate(_job_config(composed)))]
+        else:
+            swept = [word for word in chosen if word not in words]
+            study = "+".join([str(composed["study"]), *(word.replace("/", "_") for word in swept)])
+            outcome = run_study([*chosen, f"study={quoted(study)}"], config_dir=config_dir)
+            lines = [*(f"left out: {sentence}" for sentence in outcome.left_out), _study_line(outcome)]
+    except InputError as error:
+        return here, [], str(error)
+    if here:
+        for line in lines:
+            _say(line)
+    return here, lines, None
 
 
 def _job_config(composed: DictConfig) -> Config:
@@ -331,6 +479,10 @@ def _described(group: str) -> list[tuple[str, str]]:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "simulate": _simulate,
+    "sweep": _sweep,
+    "search": _search,
+    "status": _status,
+    "report": _report,
     "generate": _generate,
     "validate": _validate,
     "calibrate": _calibrate,
@@ -377,7 +529,7 @@ def _settings(config_name: str, words: list[str], positional: str) -> Config | N
         value = words[0] if positional == "trace" else quoted(words[0])
         words = [f"{positional}={value}", *words[1:]]
     # Mappings that are open: their keys need not stand in the file.
-    words = [f"++{word}" if word.startswith(("parameters", "options")) else word for word in words]
+    words = [f"++{word}" if word.startswith(("parameters", "options", "select")) else word for word in words]
     overrides, config_dir = _options(config_name, words)
     if overrides is None:
         return None
@@ -386,18 +538,19 @@ def _settings(config_name: str, words: list[str], positional: str) -> Config | N
     return config
 
 
-def _print_row(row: dict[str, Any]) -> None:
-    """Print one result in a line, or as much of it as matters first."""
-    _out().print(
+def _row_line(row: dict[str, Any]) -> str:
+    """Return one result in a line, or as much of it as matters first."""
+    return (
         f"{row['system']} at {row['budget']:.3g}: {row['tokens_per_s']:.1f} tokens/s, limited by {row['limited_by']} "
         f"(ms per token: compute {row['compute_ms_per_token']:.2f}, wait {row['wait_ms_per_token']:.2f}, "
         f"host {row['host_ms_per_token']:.2f}), {row['hit_rate']:.1%} hits, {row['moved_mb_per_token']:.0f} MB per token; "
         f"{row['trace']}{' (SYNTHETIC ROUTING)' if row['trace_kind'] == 'synthetic' else ''} priced as {row['model']} on "
-        f"{row['hardware']}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"{row['hardware']}"
     )
+
+
+def _say(line: str) -> None:
+    _out().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Output(Console):

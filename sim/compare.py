@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed  # type: ignore[import-untyped]
 
 from sim import store
 from sim.budget import parse_budget
 from sim.config import Config, check_config, compose_config, one_of, options
 from sim.engines import ENGINES
-from sim.experiment import composition_of, costs_of, key_of, simulate, trace_name, workload_of
+from sim.experiment import composition_of, costs_of, key_of, trace_name, workload_of
+from sim.study import Point, Study, run_points, workers
 from traces.errors import InputError
 
 
@@ -32,22 +31,14 @@ def compare(
     base = compose_config("compare", overrides, config_dir)
     check_config(base)
     one_of("engine", base["engine"], ENGINES)
-    _workers(base["jobs"], 1)  # refuses what is no number of processes before anything runs
+    workers(base["jobs"], 1)  # refuses what is no number of processes before anything runs
     configs, left_out = _plan(base, overrides, config_dir)
     workload = workload_of(base)
     costs_of(base, workload)  # refuses a model or machine that cannot be priced before anything runs
-    keys = [key_of(config, workload.trace) for config in configs]
-    todo = [config for config, key in zip(configs, keys, strict=True) if not store.has(base["results"], key)]
-    done = len(configs) - len(todo)
-    workers = _workers(base["jobs"], len(todo))
-    jobs = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1) if workers > 1 else None
-    results = jobs(delayed(_run)(config) for config in todo) if jobs else map(_run, todo)
-    for what, sentence in results:
-        done += 1
-        if sentence:
-            left_out.append(sentence)
-        progress(done, len(configs), what)
-    stored = [key for key in keys if store.has(base["results"], key)]
+    points = [Point(config, {}, key_of(config, workload.trace)) for config in configs]
+    _, faults = run_points(Study("compare", base["results"], list(overrides), points, base["jobs"]), points, progress)
+    left_out += faults.values()
+    stored = [point.key for point in points if point.key not in faults]
     if not stored:
         why = f"no system could run: {left_out[0]}" if left_out else "systems or budget is empty: name at least one"
         raise InputError(why)
@@ -76,23 +67,6 @@ def _plan(base: Config, overrides: Sequence[str], config_dir: str | None) -> tup
             continue
         configs += [{**config, "budget": budget} for budget in budgets]
     return configs, left_out
-
-
-def _run(config: Config) -> tuple[str, str | None]:
-    """Run one system in a worker; return its name and, if it cannot run, why."""
-    what = f"{config['system']['name']} at {config['budget']}"
-    try:
-        simulate(config)
-    except InputError as error:
-        return what, str(error)
-    return what, None
-
-
-def _workers(jobs: Any, tasks: int) -> int:
-    if type(jobs) is not int or jobs == 0 or jobs < -1:
-        raise InputError(f"jobs is {jobs!r}: it must be a number of processes, or -1 for one per core")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores if jobs == -1 else jobs, tasks))
 
 
 def _as_list(value: Any) -> list[Any]:

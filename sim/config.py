@@ -28,6 +28,13 @@ _TYPES = {
     "drop_unused_prefetches": ((bool,), "true or false"),
     "reupload_after_use": ((bool,), "true or false"),
     "free_link": ((bool,), "true or false"),
+    "link_gb_per_s": ((int, float, type(None)), "a number of GB/s above 0, or null for the profile's own link"),
+    "study": ((str,), "a name"),
+    "axes": ((dict,), "a mapping such as {system: [lru, fate], budget: [0.25, 0.5]}"),
+    "baselines": ((list,), "a list of systems, such as [lru, clairvoyant]"),
+    "space": ((dict,), "a mapping such as {prefetch: {depth: [1, 2, 3]}}"),
+    "trials": ((int,), "a whole number of at least 1"),
+    "at_once": ((int,), "a whole number of at least 1"),
     "plugins": ((list,), "a list of packages, such as [mine]"),
     "results": ((str,), "a folder"),
     "json": ((bool,), "true or false"),
@@ -43,11 +50,15 @@ _TYPES = {
     "options": ((dict,), "a mapping such as {NAME: VALUE}"),
     "recipe": ((str,), "a text"),
     "parameters": ((dict,), "a mapping such as {NAME: VALUE}"),
+    "timeline": ((str, type(None)), "a file NAME.json.gz"),
+    "timeline_steps": ((int, type(None)), "a whole number of steps, or null for all"),
+    "select": ((dict,), "a mapping such as {COLUMN: VALUE}"),
+    "figure": ((str, type(None)), "the name of a figure, or all"),
 }
 """What the settings of all verbs may be."""
 
 _GROUPS = {
-    "trace": ("path", "tokens"),
+    "trace": ("path", "tokens", "requests"),
     "workload": ("order", "batch", "phases"),
     "system": ("name", "ceiling"),
     "hardware": (),
@@ -63,11 +74,13 @@ _RUN = (
     "drop_unused_prefetches",
     "reupload_after_use",
     "free_link",
+    "link_gb_per_s",
     "plugins",
     "results",
 )
-_KNOWN = (*_RUN, *_GROUPS, "budget", "systems", "jobs", "json")
-"""Settings of a run or a comparison."""
+_OF_MANY = ("systems", "jobs", "json", "study", "axes", "baselines", "space", "trials", "at_once")
+_KNOWN = (*_RUN, *_GROUPS, "budget", "timeline", "timeline_steps", *_OF_MANY)
+"""Settings of a run, a comparison, a study or a search."""
 
 
 def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
@@ -77,6 +90,13 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | N
     changed part by part is named after it: ``system=lru eviction=sieve`` is called ``lru+eviction=sieve``. Raises
     InputError for what Hydra refuses.
     """
+    config = compose_unnamed(name, overrides, config_dir)
+    name_system(config, expand(overrides))
+    return config
+
+
+def compose_unnamed(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
+    """Compose as `compose_config` does, but leave every name as its file has it."""
     overrides = expand(overrides)
     if config_dir is not None and not Path(config_dir).is_dir():
         raise InputError(f"--config-dir is '{config_dir}': there is no such folder")
@@ -89,9 +109,7 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | N
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise InputError(readable(error, name, overrides, config_dir)) from error
     assert isinstance(config, dict)
-    named = {str(key): value for key, value in config.items()}
-    name_system(named, overrides)
-    return named
+    return {str(key): value for key, value in config.items()}
 
 
 def expand(overrides: Sequence[str]) -> list[str]:
@@ -129,20 +147,26 @@ def check_types(config: Config) -> None:
     """Raise InputError where a setting of any verb is of the wrong type."""
     for name, (kinds, words) in _TYPES.items():
         # Not isinstance, for which true is a whole number.
-        if name in config and (type(config[name]) not in kinds or (name == "seed" and config[name] < 0)):
+        if name in config and (type(config[name]) not in kinds or _out_of_range(name, config[name])):
             raise InputError(f"{name} is {config[name]!r}: it must be {words}")
+
+
+def _out_of_range(name: str, value: Any) -> bool:
+    if name in ("trials", "at_once"):
+        return bool(value < 1)
+    return (name == "seed" and value < 0) or (name == "link_gb_per_s" and value is not None and not 0 < value < float("inf"))
 
 
 def name_system(config: Config, overrides: Sequence[str]) -> None:
     """Name the config's system and hardware, if it has them, after themselves and every part that the overrides change."""
-    constants = sorted(override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hardware."))
+    constants = sorted(each for each in (word.lstrip("+") for word in overrides) if _changes_hardware(each))
     if constants and isinstance(config.get("hardware"), dict):
         config["hardware"]["name"] = "+".join([str(config["hardware"].get("name")), *constants])
     if "system" not in config:
         return
     if not isinstance(config["system"], dict) or not isinstance(config["system"].get("name"), str):
         raise InputError("system.name is missing: a file of the group system must say `system: {name: NAME}`")
-    changes = [override.lstrip("+") for override in overrides if _changes_system(override)]
+    changes = [override.lstrip("+") for override in overrides if changes_system(override)]
     config["system"]["name"] = "+".join([config["system"]["name"], *sorted(changes)])
 
 
@@ -165,7 +189,12 @@ def one_of(field: str, value: Any, known: Sequence[str]) -> str:
     return str(value)
 
 
-def _changes_system(override: str) -> bool:
+def _changes_hardware(override: str) -> bool:
+    return override.startswith(("hardware.", "link_gb_per_s="))
+
+
+def changes_system(override: str) -> bool:
+    """Whether an override, or the name of a setting, is of a system's parts rather than of what it runs on."""
     name = override.lstrip("+~").partition("=")[0]
     return name.partition(".")[0] in AXES or name in ("drop_unused_prefetches", "reupload_after_use", "free_link")
 

@@ -19,15 +19,18 @@ from sim.budget import slots_within
 from sim.config import Config, check_config, one_of, plain
 from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import ENGINES, build_for, run_engine
-from sim.hardware import make_hardware, model_spec
+from sim.hardware import make_hardware, model_spec, with_bandwidth
 from sim.result import Run, limited_by, metrics
 from sim.workload import Workload, make_workload
-from traces import Trace, bundled, content_hash, load_trace, take_tokens
+from traces import Trace, bundled, content_hash, load_trace, slice_requests, split_requests, take_tokens
 from traces.errors import InputError
 from traces.trace import ModelSpec
 
-_NOT_PART_OF_A_RESULT = ("results", "jobs", "systems", "json", "plugins")
-"""Settings that say where or how to run, not what."""
+REQUESTS = ("tuning", "held_out")
+"""Parts of a trace that share no request: parameters are tuned on one and reported on the other."""
+
+_WHERE_TO = ("results", "jobs", "systems", "json", "timeline", "timeline_steps")
+"""Settings that say where or how to run, not what: a row is the same whoever wrote it, and wherever."""
 
 
 def simulate(config: Config, *, resume: bool = True) -> dict[str, Any]:
@@ -84,16 +87,21 @@ def workload_of(config: Config) -> Workload:
     path = trace_path(config)
     file = path.stat() if path.is_file() else None
     version = file and (file.st_ino, file.st_mtime_ns, file.st_size)
-    return _workload(str(path), version, trace_tokens(config), json.dumps(config["workload"], sort_keys=True))
+    arrangement = json.dumps(config["workload"], sort_keys=True)
+    return _workload(str(path), version, trace_tokens(config), trace_requests(config), arrangement)
 
 
-@lru_cache(maxsize=4)
-def _workload(path: str, version: tuple[int, ...] | None, tokens: int | None, arrangement: str) -> Workload:
+@lru_cache(maxsize=8)
+def _workload(
+    path: str, version: tuple[int, ...] | None, tokens: int | None, requests: str | None, arrangement: str
+) -> Workload:
     trace = load_trace(path)
-    if tokens is not None and tokens < trace.tokens:
-        part = take_tokens(trace, tokens)
-        trace = replace(part, hash=content_hash(part))
-    return make_workload(trace, **json.loads(arrangement))
+    part = trace if tokens is None else take_tokens(trace, tokens)
+    if requests is not None:
+        part = slice_requests(part, split_requests(part)[REQUESTS.index(requests)])
+    if part is not trace:
+        part = replace(part, hash=content_hash(part))
+    return make_workload(part, **json.loads(arrangement))
 
 
 def trace_path(config: Config) -> Path:
@@ -113,14 +121,30 @@ def trace_tokens(config: Config) -> int | None:
     return tokens
 
 
+def trace_requests(config: Config) -> str | None:
+    """Return which of the trace's requests to take, one of `REQUESTS`; None is all."""
+    requests = config["trace"].get("requests")
+    return None if requests is None else one_of("trace.requests", requests, REQUESTS)
+
+
 def trace_name(config: Config) -> str:
-    """Return the name by which tables call the trace: its file's."""
-    return trace_path(config).stem
+    """Return the name by which tables call the trace: its file's, and which of its requests are taken."""
+    requests = trace_requests(config)
+    return trace_path(config).stem + ("" if requests is None else f"+requests={requests}")
 
 
 def costs_of(config: Config, workload: Workload) -> tuple[Costs, ModelSpec]:
-    """Return what everything costs, and the model whose bytes are priced."""
+    """Return what everything costs, and the model whose bytes are priced; computed once per process and setting."""
+    names = ("hardware", "model", "precision", "free_link", "link_gb_per_s")
+    return _costs(json.dumps({name: config[name] for name in names}, sort_keys=True), workload)
+
+
+@lru_cache(maxsize=64)
+def _costs(setting: str, workload: Workload) -> tuple[Costs, ModelSpec]:
+    config = json.loads(setting)
     hardware = make_hardware(config["hardware"])
+    if config["link_gb_per_s"] is not None:
+        hardware = with_bandwidth(hardware, round(config["link_gb_per_s"] * 1e9))
     spec = model_spec(config["model"], workload.trace.model)
     costs = make_costs(hardware, spec, np.diff(workload.offsets), workload.context, config["precision"])
     return (with_free_link(costs) if config["free_link"] else costs), spec
@@ -133,7 +157,7 @@ def slots_of(budget: Any, model: ModelSpec, costs: Costs) -> int:
 
 def key_of(config: Config, trace: Trace) -> str:
     """Return the name of a result: a hash of everything that decides it, configuration, trace and code."""
-    what = plain(config, without=_NOT_PART_OF_A_RESULT)
+    what = plain(config, without=(*_WHERE_TO, "plugins"))
     what["trace"] = {"hash": trace.hash, "tokens": trace.tokens, "name": trace_name(config)}
     return hashlib.sha256(json.dumps([what, _code_digest(config)], sort_keys=True).encode()).hexdigest()
 
@@ -179,7 +203,7 @@ def _identity(config: Config, workload: Workload, spec: ModelSpec, costs: Costs,
         "slots": slots,
         "seed": config["seed"],
         "code_version": f"{metadata.version('foregate')}+{_project_digest()[:12]}",
-        "config": json.dumps(config, sort_keys=True),
+        "config": json.dumps(plain(config, without=_WHERE_TO), sort_keys=True),
         "device_bytes_peak": peak_bytes,
         "note": _caveats(config, trace.model, spec, peak_bytes),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from traces.errors import InputError, nearest
@@ -223,6 +223,14 @@ def make_hardware(profile: Mapping[str, Any]) -> Hardware:
         constants=tuple(constants.values()),
         machine=dict(_mapping("hardware.machine", profile.get("machine") or {})),
     )
+
+
+def with_bandwidth(hardware: Hardware, bytes_per_s: int) -> Hardware:
+    """Return the same machine with a link of another bandwidth, whose smallest copy takes as long as before."""
+    size, latency_ns = hardware.h2d[0]
+    more = 2**30
+    line = ((size, latency_ns), (size + more, latency_ns - (-more * 10**9 // bytes_per_s)))
+    return replace(hardware, h2d=line, h2d_train=None)
 
 
 def model_spec(sizes: Mapping[str, Any], recorded: ModelSpec | None = None) -> ModelSpec:

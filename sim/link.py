@@ -39,6 +39,7 @@ class Link:
     `start(transfer, ns)` is asked when a transfer is about to move its first chunk at `ns`; it reserves the slot and returns
     whether there is one (a demand is always given one). `landed(transfer, ns)` is told that its last chunk arrived at `ns`.
     `pause(transfer)` is asked when a prefetch gives way to a demand at a chunk's end, and returns whether it is to go on.
+    `moved(key, start_ns, end_ns)`, if given, is told when the link was busy with what.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Link:
         start: Callable[[Transfer, int], bool],
         landed: Callable[[Transfer, int], None],
         pause: Callable[[Transfer], bool],
+        moved: Callable[[int, int, int], None] | None = None,
     ) -> None:
         self.env = env
         self.chunks = costs.chunks
@@ -56,7 +58,7 @@ class Link:
         self.demand_ns = demand_times(costs)
         self.committed_chunks = costs.committed_chunks
         self.start_ns = costs.link_start_ns
-        self._start, self._landed, self._pause = start, landed, pause
+        self._start, self._landed, self._pause, self._moved = start, landed, pause, moved
         self.demand: deque[Transfer] = deque()
         self.prefetch: deque[Transfer] = deque()
         self.train: list[tuple[int, Transfer]] = []
@@ -67,6 +69,8 @@ class Link:
         """Time spent moving bytes, counted when a transfer ends or pauses."""
         self.moving_since = 0
         """When the chunks of what moves began to follow one another; an idle link needs `start_ns` before."""
+        self.woken = 0
+        """When the link began to be busy with what moves."""
         self.free_since = -1
         """When the link last ended a transfer, or let it pause."""
         self._alarm: _Alarm | None = None
@@ -102,6 +106,7 @@ class Link:
 
     def _wake(self) -> int:
         """Note that the link moves from now on; return what the first chunk takes longer if it was idle before."""
+        self.woken = self.env.now
         start_ns = 0 if self.free_since == self.env.now else self.start_ns
         self.busy_ns += start_ns
         self.moving_since = self.env.now + start_ns
@@ -131,6 +136,10 @@ class Link:
         self.busy_ns += self.env.now - self.moving_since
         self.free_since = self.env.now
         train, self.train, self.moving = self.train, [], None
+        if self._moved is not None:
+            for landed_ns, transfer in train:
+                self._moved(transfer.key, self.woken, landed_ns)
+                self.woken = landed_ns
         for landed_ns, transfer in train:
             self._landed(transfer, landed_ns)
         self._serve()
@@ -156,6 +165,7 @@ class Link:
             return
         self.busy_ns += elapsed
         self.free_since = self.env.now
+        self.tell()
         transfer.chunks_left -= chunks
         transfer.chunks_moved += chunks
         if self._pause(transfer):
@@ -171,9 +181,15 @@ class Link:
         transfer.chunks_moved += transfer.chunks_left
         transfer.chunks_left = 0
         self.free_since = self.env.now
+        self.tell()
         self.moving = None
         self._landed(transfer, self.env.now)
         self._serve()
+
+    def tell(self) -> None:
+        """Say how long the link has been busy with what moves."""
+        if self._moved is not None and self.moving is not None:
+            self._moved(self.moving.key, self.woken, self.env.now)
 
     def _call_after(self, delay: int, callback: Callable[[Any], None]) -> None:
         """Arrange for the one callback that counts from now on."""

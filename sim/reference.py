@@ -7,7 +7,7 @@ link is a server of its own (`sim.link`). Time is integer nanoseconds. `docs/mod
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simpy
@@ -21,12 +21,32 @@ from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
 
-def run_reference(system: System, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None = None) -> Run:
+class Span(NamedTuple):
+    """What a resource was busy with, or why it stood still, from `start` to `end` ns."""
+
+    resource: str
+    """``host``, ``compute`` or ``link``; ``queue`` for a transfer that was asked for at `start`."""
+    what: str
+    """compute: ``attention``, ``shared``, ``expert``, ``step``, or what it waited for, ``wait`` (a transfer) or ``host``."""
+    start: int
+    end: int
+    key: int
+    """Of an expert, or -1."""
+    event: int
+
+
+def run_reference(
+    system: System,
+    workload: Workload,
+    costs: Costs,
+    log: list[tuple[Any, ...]] | None = None,
+    spans: list[Span] | None = None,
+) -> Run:
     """Run a freshly built `system` on `workload` and return what happened.
 
-    Events are appended to `log`, if one is given, as tuples (ns, what, key, detail).
+    Events are appended to `log`, if one is given, as tuples (ns, what, key, detail); what every resource did to `spans`.
     """
-    engine = _Engine(system, workload, costs, log)
+    engine = _Engine(system, workload, costs, log, spans)
     engine.env.run(until=engine.env.process(engine.run()))
     return engine.result()
 
@@ -34,13 +54,22 @@ def run_reference(system: System, workload: Workload, costs: Costs, log: list[tu
 class _Engine:
     """One run: host thread, compute stream, link, slots, and the counters of all of them."""
 
-    def __init__(self, system: System, workload: Workload, costs: Costs, log: list[tuple[Any, ...]] | None) -> None:
+    def __init__(
+        self,
+        system: System,
+        workload: Workload,
+        costs: Costs,
+        log: list[tuple[Any, ...]] | None,
+        spans: list[Span] | None,
+    ) -> None:
         self.env: Any = simpy.Environment()  # SimPy types its clock int | float; here it counts whole nanoseconds
         self.system = system
         self.costs = costs
         self.log = log
+        self.spans = spans
         self.residency = Residency(system.eviction, system.setting)
-        self.link = Link(self.env, costs, self._start_transfer, self._transfer_landed, self._prefetch_pauses)
+        moved = None if spans is None else self._link_moved
+        self.link = Link(self.env, costs, self._start_transfer, self._transfer_landed, self._prefetch_pauses, moved)
         self.transfers: dict[int, Transfer] = {}
         """Transfers queued, moving or paused, by key."""
         self.now = -1
@@ -98,16 +127,29 @@ class _Engine:
                     if self.link.moving is not None:
                         takes_ns += costs.beside_ns
                 gate_end = max(starts + takes_ns, issued)
+                if self.spans is not None:
+                    event = step * self.events.layers + layer
+                    self._span("host", "gate", host, issued, event)
+                    self._span("compute", "host", compute, starts, event)
+                    self._span("compute", "attention", starts, starts + takes_ns, event)
+                    self._span("compute", "host", starts + takes_ns, gate_end, event)
+                    self._span("compute", "shared", gate_end, gate_end + costs.shared_ns, event)
                 self.computed += takes_ns + costs.shared_ns
                 self.host_idle += gate_end - compute - takes_ns
                 known = gate_end + costs.readout_ns
                 yield env.timeout(max(0, known + costs.host_demand_ns - env.now))
 
-                host = known + costs.host_experts_ns
-                compute = yield from self._serve_event(step, layer, gate_end + costs.shared_ns, host)
-                host += costs.host_ahead_ns * min(self.depth, self.events.total - 1 - self.now)
+                experts_issued = known + costs.host_experts_ns
+                compute = yield from self._serve_event(step, layer, gate_end + costs.shared_ns, experts_issued)
+                host = experts_issued + costs.host_ahead_ns * min(self.depth, self.events.total - 1 - self.now)
+                if self.spans is not None:
+                    self._span("host", "experts", known, experts_issued, self.now)
+                    self._span("host", "ahead", experts_issued, host, self.now)
+            self._span("host", "step", host, host + costs.host_step_ns, self.now)
             host += costs.host_step_ns
             step_end = max(compute + step_ns, host)
+            self._span("compute", "step", compute, compute + step_ns, self.now)
+            self._span("compute", "host", compute + step_ns, step_end, self.now)
             self.computed += step_ns
             self.host_idle += step_end - compute - step_ns
             compute = step_end
@@ -135,8 +177,10 @@ class _Engine:
         first = min(len(absent), slots - len(present) - len(awaited))
         waves = [absent[:first], *(absent[i : i + slots] for i in range(first, len(absent), slots))]
 
-        compute, beside_ns = max(issued, free), self.costs.beside_ns
-        self.host_idle += compute - free
+        starts, beside_ns = max(issued, free), self.costs.beside_ns
+        compute = starts
+        self.host_idle += starts - free
+        self._span("compute", "host", free, starts, now)
         for number, absent in enumerate(waves):
             wave = absent if number else present + awaited + absent
             self._begin_wave(wave, () if number else awaited, absent)
@@ -149,6 +193,7 @@ class _Engine:
             if number == 0 and present and (awaited or absent or self.link.moving is not None):
                 compute += beside_ns
                 self.computed += beside_ns
+            first_done = compute
             if self.outstanding:
                 self.all_landed = self.env.event()
                 yield self.all_landed
@@ -161,6 +206,8 @@ class _Engine:
             if self.arrivals and self.link.moving is None:  # nothing moves beside the last one
                 compute -= beside_ns
                 self.computed -= beside_ns
+            if self.spans is not None:
+                self._note_experts([] if number else present, takes, starts, first_done, compute)
             if number + 1 < len(waves):
                 yield self.env.timeout(max(0, compute - self.env.now))
                 self.residency.hold(wave, FREE)
@@ -228,6 +275,7 @@ class _Engine:
                 self.arrivals.append((self.env.now, key))
                 self.outstanding -= 1
             else:
+                self._asked(key)
                 self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, demand=True)
                 self.link.demand.append(transfer)
 
@@ -256,6 +304,7 @@ class _Engine:
         """Queue every used expert for another transfer: the device copy was spoilt by its use."""
         for key in union:
             if key in self.residency and key not in self.transfers:
+                self._asked(key)
                 self.transfers[key] = transfer = Transfer(key, self.now, self.costs.chunks, refresh=True)
                 self.link.prefetch.append(transfer)
 
@@ -286,6 +335,7 @@ class _Engine:
             residents = self.residency.residents[self.residency.pool_of_key[first_key]]
             for key in keys:
                 if key not in residents and key not in self.transfers:
+                    self._asked(key)
                     self.transfers[key] = transfer = Transfer(key, target, self.costs.chunks)
                     self.link.prefetch.append(transfer)
 
@@ -414,8 +464,39 @@ class _Engine:
         assert self.log is not None
         self.log.append((ns, what, key, self.now))
 
+    def _span(self, resource: str, what: str, start: int, end: int, event: int, key: int = -1) -> None:
+        if self.spans is not None and end > start:
+            self.spans.append(Span(resource, what, start, end, key, event))
+
+    def _note_experts(self, present: list[int], takes: dict[int, int], start: int, first_done: int, end: int) -> None:
+        """Note when a wave computed each expert: those that were there from `start` to `first_done`, then each as it landed.
+
+        The launch of a group counts to its first expert, and what a busy link cost to its last.
+        """
+        for place, key in enumerate(present, start=1):
+            done = start + takes[key] + (self.costs.group_ns if place == 1 else 0)
+            done = first_done if place == len(present) else done
+            self._span("compute", "expert", start, done, self.now, key)
+            start = done
+        start = first_done
+        for place, (landed, key) in enumerate(self.arrivals, start=1):
+            self._span("compute", "wait", start, landed, self.now, key)
+            start = max(start, landed)
+            done = start + self.costs.group_ns + takes[key] + self.costs.beside_ns
+            done = end if place == len(self.arrivals) else done
+            self._span("compute", "expert", start, done, self.now, key)
+            start = done
+
+    def _asked(self, key: int) -> None:
+        if self.spans is not None:
+            self.spans.append(Span("queue", "asked", self.env.now, self.env.now, key, self.now))
+
+    def _link_moved(self, key: int, start: int, end: int) -> None:
+        self._span("link", "moved", start, end, self.now, key)
+
     def result(self) -> Run:
         """Gather the counters; prefetches that nothing used by the end were wasted."""
+        self.link.tell()
         self.bytes["wasted"] += len(self.unused) * self.costs.expert_bytes
         columns = np.array(self.per_step, np.int64).reshape(-1, 6).T
         return Run(

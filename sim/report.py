@@ -1,4 +1,4 @@
-"""Rankings of stored results: as a table of figures, in the terminal, as Markdown and as JSON.
+"""Rankings of stored results: as a table of figures, in the terminal, as Markdown, as HTML and as JSON.
 
 One table per trace, workload, hardware, model and budget. Its columns answer, in this order: how fast is it;
 what limits it; is it the policy or the working set; how far is it from the best; did it cost quality.
@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ def ranking_markdown(rows: pd.DataFrame) -> str:
         parts.append("  \n".join([f"**{first}**", *others]))
         header = ["", "system", *(_markdown_header(title, columns) for title, columns in groups)]
         lines = [header, ["---:", "---", *["---:"] * len(groups)]]
-        for place, row in enumerate(_records(table)):
+        for place, row in enumerate(records(table)):
             cells = [" / ".join(column.cells[place].strip() for column in columns) for _, columns in groups]
             mark = "*" if row["ceiling"] else ""
             name = f"{mark}{row['label']}{mark}"
@@ -96,6 +97,30 @@ def ranking_markdown(rows: pd.DataFrame) -> str:
         parts += notes(table)
     parts.append(legend(shown).replace("*", "\\*"))
     return "\n\n".join(parts) + "\n"
+
+
+def ranking_html(rows: pd.DataFrame) -> str:
+    """Return the tables as HTML, ceilings in a part of their own (class ``ceilings``)."""
+    parts: list[str] = []
+    shown: set[str] = set()
+    for table in split(ranked(rows)):
+        groups = _groups(table)
+        shown |= _shown(table, groups)
+        first, *others = title(table)
+        parts.append(f"<h3>{escape(first)}</h3>" + "".join(f"<p>{escape(line)}</p>" for line in others))
+        above = "".join(f'<th colspan="{len(columns)}">{escape(title)}</th>' for title, columns in groups)
+        below = "".join(f"<th>{escape(column.header)}</th>" for _, columns in groups for column in columns)
+        head = f'<thead><tr><th colspan="2"></th>{above}</tr><tr><th></th><th>system</th>{below}</tr></thead>'
+        bodies = {"systems": "", "ceilings": ""}
+        for place, row in enumerate(records(table)):
+            cells = "".join(f"<td>{escape(column.cells[place].strip())}</td>" for _, columns in groups for column in columns)
+            line = f"<tr><td>{row['rank']}</td><th>{escape(row['label'])}</th>{cells}</tr>"
+            bodies["ceilings" if row["ceiling"] else "systems"] += line
+        body = "".join(f'<tbody class="{name}">{lines}</tbody>' for name, lines in bodies.items() if lines)
+        parts.append(f'<div class="wide"><table>{head}{body}</table></div>')
+        parts += [f"<p>{escape(note)}</p>" for note in notes(table)]
+    explained = "".join(f"<li>{escape(line)}</li>" for line in legend(shown).split("\n"))
+    return "\n".join([*parts, f'<ul class="legend">{explained}</ul>'])
 
 
 def ranking_dict(rows: pd.DataFrame) -> dict[str, Any]:
@@ -107,7 +132,7 @@ def ranking_dict(rows: pd.DataFrame) -> dict[str, Any]:
     left_out = {*LISTS, "config", *shared}
     tables = []
     for table in split(ranked(rows)):
-        systems = [{name: _json(row[name]) for name in row if name not in left_out} for row in _records(table)]
+        systems = [{name: _json(row[name]) for name in row if name not in left_out} for row in records(table)]
         head = {name: _json(value) for name, value in table.iloc[0][shared].items()}
         tables.append({"title": title(table), **head, "systems": systems})
     return {"tables": tables}
@@ -223,7 +248,7 @@ def _rank(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Return one table in order, with the columns that `ranked` adds."""
     table = table.assign(label=_labels(table))
     table = table.sort_values(["ceiling", "tokens_per_s", "label"], ascending=[True, False, True])
-    rows = _records(table)
+    rows = records(table)
     against = [_against(row, rows, seed) for row in rows]
     return table.assign(
         rank=_ranks([row for row in rows if not row["ceiling"]], seed) + [""] * int(table["ceiling"].sum()),
@@ -317,7 +342,7 @@ def _groups(table: pd.DataFrame) -> list[tuple[str, list[_Column]]]:
         best = _Column("%", [_whole(100 * share) for share in table["share_of_clairvoyant"]])
         groups.append((_DISTANCE, [best]))
     if table["speed_vs_lru"].notna().any():
-        groups.append((_AGAINST, [_Column(BASELINE, [_difference(row) for row in _records(table)])]))
+        groups.append((_AGAINST, [_Column(BASELINE, [_difference(row) for row in records(table)])]))
     quality = [
         _Column(what, [_percent(share) for share in table[f"gate_mass_{what}"]])
         for what in ("skipped", "substituted")
@@ -442,7 +467,8 @@ def _requests(count: int) -> str:
     return "1 request" if count == 1 else f"{count:,} requests"
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table as mappings, by column."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 

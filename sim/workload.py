@@ -15,7 +15,7 @@ from traces.errors import InputError
 from traces.trace import DECODE, PREFILL, Trace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workload:
     """Steps in the order in which they run; step s processes the trace's rows ``rows[offsets[s]:offsets[s + 1]]``."""
 

@@ -72,7 +72,8 @@ def test_help_says_every_verb(run, words):
     code, out, err = run(*words)
     assert (code, err) == (0, [])
     assert out.startswith("foregate VERB [overrides]\n")
-    for verb in ("compare", "simulate", "trace record", "trace import", "trace inspect", "trace synthesize", "list"):
+    verbs = ("compare", "simulate", "sweep", "search", "status", "list", "trace record", "trace import", "trace inspect")
+    for verb in (*verbs, "trace synthesize"):
         assert f"\n  {verb} " in out
 
 

@@ -46,7 +46,7 @@ def composed(group, option):
         return composed_once(("system=" + option,))
     # Composing takes a while: the i-th options of all groups go together.
     place = options(group).index(option)
-    others = [(name, options(name)) for name in groups() if name != "system"]
+    others = [(name, options(name)) for name in groups() if name not in ("system", "experiment")]
     chosen = [f"{name}={known[place % len(known)]}" for name, known in others]
     return composed_once((*chosen, "trace.path=somewhere"))
 
@@ -61,10 +61,14 @@ def composed_once(overrides):
 
 def test_every_axis_is_a_group():
     assert set(AXES) <= set(groups())
-    assert groups() == sorted([*AXES, "hardware", "model", "system", "trace", "workload"])
+    assert groups() == sorted([*AXES, "experiment", "hardware", "model", "system", "trace", "workload"])
 
 
-@pytest.mark.parametrize(("group", "option"), [(group, option) for group in groups() for option in options(group)])
+OPTIONS = [(group, option) for group in groups() for option in options(group) if group != "experiment"]
+"""Of every group but that of studies, which tests/test_study.py runs."""
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option):
     config = composed(group, option)
     check_config(config)
@@ -442,7 +446,7 @@ def test_what_hydra_refuses_is_said_in_one_sentence(given, sentence):
     ("changes", "sentence"),
     [
         ({"eviktion": {}}, "'eviktion' is not a setting: did you mean 'eviction'? known: allocation, "),
-        ({"trace": {"token": 3}}, "'trace.token' is not a setting: did you mean 'tokens'? known: path, tokens"),
+        ({"trace": {"token": 3}}, "'trace.token' is not a setting: did you mean 'tokens'? known: path, requests, tokens"),
         ({"workload": {"size": 3}}, "'workload.size' is not a setting: known: batch, order, phases"),
         ({"miss": None}, "miss is not chosen: it must be one of wait"),
         ({"seed": "abc"}, "seed is 'abc': it must be a whole number of at least 0"),

@@ -8,7 +8,7 @@ from test_hardware import load_profile, tiny_profile
 from test_model_specs import load_model
 
 from sim.costs import NO_READOUT, along, decode_layer_ns, make_costs, transfer_ns, with_free_link
-from sim.hardware import make_hardware
+from sim.hardware import make_hardware, with_bandwidth
 from traces.errors import InputError
 from traces.trace import ModelSpec
 
@@ -28,6 +28,15 @@ MODEL = ModelSpec(
 
 def costs(tokens=(1,), context=(1,), model=MODEL, precision="bf16", hardware=TINY):
     return make_costs(hardware, model, np.array(tokens), np.array(context), precision)
+
+
+def test_another_link_keeps_the_time_of_the_smallest_copy():
+    # 10 ns up to 100 bytes, as before, and then a nanosecond for every two
+    other = with_bandwidth(make_hardware(tiny_profile() | {"name": "other"}), 2 * 10**9)
+    assert [along(other.h2d, size) for size in (50, 100, 101, 102, 900)] == [10, 10, 11, 11, 410]
+    assert other.h2d_train is None
+    found = costs(hardware=other)
+    assert (found.chunks, found.chunk_ns, found.last_chunk_ns, found.link_start_ns) == (3, 160, 10, 0)
 
 
 def test_host_and_step_times_are_the_profile_s():

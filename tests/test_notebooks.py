@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, and are committed without outputs so that their changes can be read."""
+"""Notebooks run from top to bottom, and the .ipynb beside each source shows what it gave when it was rendered."""
 
 import json
 import os
@@ -6,59 +6,55 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jupytext
 import pytest
-from rows import make_rows
-
-from sim.store import write_row
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+SOURCES = sorted(path for path in NOTEBOOKS.glob("*.py") if path.name != "render.py")
 
-# In a process of its own: Jupyter brings warnings, threads and an event loop that are not ours.
-EXECUTE = """
+# All in one process that is not ours, as plain Python: what they import need be imported once.
+RUN_ALL = """
+import runpy
 import sys
-import nbformat
-from nbclient import NotebookClient
 
-notebook = nbformat.read(sys.argv[1], 4)
-NotebookClient(notebook, timeout=60, resources={"metadata": {"path": sys.argv[2]}}).execute()
-nbformat.write(notebook, sys.argv[3])
+for source in sys.argv[1:]:
+    print("@@@", source, flush=True)
+    runpy.run_path(source, run_name="__main__")
 """
 
 
-def execute(path, results, kept):
-    """Run a notebook on stored results, as from its own folder, and return its code cells."""
-    environment = {**os.environ, "FOREGATE_RESULTS": str(results), "IPYTHONDIR": str(kept.parent / "ipython")}
+def test_every_source_runs_as_plain_python(tmp_path):
+    environment = {**os.environ, "MPLBACKEND": "Agg", "FOREGATE_TOKENS": "70", "FOREGATE_RESULTS": str(tmp_path / "results")}
     done = subprocess.run(
-        [sys.executable, "-c", EXECUTE, path, path.parent, kept],
-        env=environment,
+        [sys.executable, "-c", RUN_ALL, *SOURCES],
+        env={**environment, "IPYTHONDIR": str(tmp_path / "ipython"), "TMPDIR": str(tmp_path)},
+        cwd=NOTEBOOKS,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return [cell for cell in json.loads(kept.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    outputs = dict(zip([path.stem for path in SOURCES], done.stdout.split("@@@ ")[1:], strict=True))
+    assert "36 results of 6 systems at 6 budgets" in outputs["budget"]
+    assert "it keeps them" in outputs["own_policy"]
+    assert "fate+eviction=lrfu: " in outputs["quick_start"]
+    assert "foretold 1 layers ahead, best 8: 0." in outputs["predictability"]
+    assert "decisions differ in 0 of " in outputs["reality"]
 
 
-def test_the_budget_notebook_draws_and_tabulates_stored_results(tmp_path):
-    results = tmp_path / "results"
-    for row in make_rows(budgets=(0.25, 0.5), trace_kind="synthetic"):
-        write_row(results, row)
-    cells = execute(NOTEBOOKS / "budget.ipynb", results, tmp_path / "executed.ipynb")
-    shown = [{kind for output in cell["outputs"] for kind in output.get("data", {})} for cell in cells]
-    assert ["image/png" in kinds for kinds in shown] == [False, True, False, True, False]
-    assert cells[0]["outputs"][0]["text"] == ["14 results of 7 systems at 2 budgets\n"]
-    speeds = "".join(cells[2]["outputs"][0]["data"]["text/plain"])
-    assert [line.split()[-2:] for line in speeds.splitlines() if "lru" in line] == [["14.1", "24.4"]]
-    assert "SYNTHETIC ROUTING" in "".join(cells[4]["outputs"][0]["data"]["text/markdown"])
-    assert sorted(path.name for path in (results / "figures").iterdir()) == ["budget.png", "ranking.png"]
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_notebook_beside_a_source_is_it_with_outputs(source):
+    made, shown = jupytext.read(source), json.loads(source.with_suffix(".ipynb").read_text())
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in shown["cells"]] == [
+        (cell["cell_type"], cell["source"]) for cell in made.cells
+    ], "run `make notebooks`"
+    code = [cell for cell in shown["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert str(NOTEBOOKS.parent) not in json.dumps(outputs)
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
-def test_a_notebook_is_committed_without_outputs_and_in_one_form(path):
-    text = path.read_text()
-    notebook = json.loads(text)
-    assert json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n" == text
-    assert {type(cell["source"]) for cell in notebook["cells"]} == {list}  # a line of source is a line of the file
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert [(cell["outputs"], cell["execution_count"], cell["metadata"]) for cell in code] == [([], None, {})] * len(code)
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+def test_there_is_no_notebook_without_a_source():
+    assert [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))] == [path.stem for path in SOURCES]

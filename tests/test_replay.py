@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the real backend needs torch (the extra `real`)")
-torch.set_num_threads(1)  # small matrices: threads cost more than they bring
 
 from policies.system import AXES
 from real.decoder import ModelShape
@@ -25,6 +24,8 @@ from sim.conformance import small_trace
 from sim.workload import make_workload
 from traces import save_trace
 from traces.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
 
 TRACE = small_trace()
 SHAPE = ModelShape(

@@ -1,7 +1,10 @@
 """Results survive the way to disk and back, whatever else lies in the directory."""
 
 import math
+import os
 import re
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from rows import make_row, make_rows
 
 from sim.result import KINDS, Run, StepTimes, limited_by, metrics
-from sim.store import FIGURES, LISTS, SCHEMA, has, read_rows, write_row
+from sim.store import FIGURES, LISTS, SCHEMA, compact, has, read_rows, stored_keys, write_row
 from sim.workload import make_workload
 from traces.atomic import write_atomically
 from traces.errors import InputError
@@ -178,6 +181,129 @@ def test_a_file_without_a_newer_column_is_still_read(tmp_path):
     pd.read_parquet(path).drop(columns=["trace_model", "predictor_recall"]).to_parquet(path)
     (row,) = read_rows(tmp_path).to_dict("records")
     assert math.isnan(row["predictor_recall"])
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def files_in(directory):
+    return sorted(path.name[:5] for path in (directory / "rows").iterdir())
+
+
+def write_many(directory, keys, **other):
+    for place, key in enumerate(keys):
+        write_row(directory, make_row(key=key, seed=place, requests=3, **other))
+
+
+def test_rows_in_a_part_are_the_same_rows(tmp_path):
+    write_many(tmp_path, "dbca")
+    before = read_rows(tmp_path)
+    assert compact(tmp_path) == 4
+    assert files_in(tmp_path) == ["part-"]
+    pd.testing.assert_frame_equal(read_rows(tmp_path), before, check_exact=True)
+    assert list(read_rows(tmp_path, ["d", "a"])["key"]) == ["d", "a"]
+    assert (has(tmp_path, "a"), has(tmp_path, "e"), stored_keys(tmp_path)) == (True, False, set("abcd"))
+    with pytest.raises(InputError, match="1 of 2 results are not stored, the first is e"):
+        read_rows(tmp_path, ["a", "e"])
+
+
+def test_a_part_grows_until_it_is_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("sim.store.PART_ROWS", 3)
+    counts = []
+    for keys in ("ab", "c", "d", "e"):
+        write_many(tmp_path, keys)
+        counts.append((compact(tmp_path), len(files_in(tmp_path))))
+    assert counts == [(2, 1), (3, 1), (1, 2), (2, 2)]
+    assert compact(tmp_path) == 0
+    assert list(read_rows(tmp_path)["key"]) == list("abcde")
+
+
+def test_a_kill_between_the_part_and_the_files_it_replaces_doubles_nothing(tmp_path, monkeypatch):
+    write_many(tmp_path, "abc")
+    before = read_rows(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("sim.store._flush", lambda part: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compact(tmp_path)
+    assert len(files_in(tmp_path)) == 4
+    pd.testing.assert_frame_equal(read_rows(tmp_path), before, check_exact=True)
+    assert compact(tmp_path) == 3
+    pd.testing.assert_frame_equal(read_rows(tmp_path), before, check_exact=True)
+    assert files_in(tmp_path) == ["part-"]
+
+
+def test_readers_beside_writers_and_compactions_never_miss_a_row(tmp_path):
+    keys = [f"{place:03}" for place in range(60)]
+    written, faults = [], []
+
+    def write():
+        for key in keys:
+            write_row(tmp_path, make_row(key=key, requests=3))
+            written.append(key)
+
+    def tidy():
+        while writer.is_alive():
+            compact(tmp_path)
+
+    def read():
+        while writer.is_alive():
+            sure = set(written)
+            if sure and not (sure <= set(read_rows(tmp_path, columns=["key"])["key"]) and sure <= stored_keys(tmp_path)):
+                faults.append(sure)
+
+    writer = threading.Thread(target=write)
+    others = [threading.Thread(target=work) for work in (tidy, tidy, read, read)]
+    for thread in (writer, *others):
+        thread.start()
+    for thread in (writer, *others):
+        thread.join()
+    assert faults == []
+    assert list(read_rows(tmp_path)["key"]) == keys
+
+
+def test_a_damaged_file_is_not_moved_into_a_part(tmp_path):
+    write_many(tmp_path, "abc")
+    cut_short(tmp_path / "rows" / "b.parquet")
+    assert compact(tmp_path) == 2
+    assert files_in(tmp_path) == ["b.par", "part-"]
+    assert list(read_rows(tmp_path, ["a", "c"])["key"]) == ["a", "c"]
+    with pytest.raises(InputError, match=r"b\.parquet: not a whole Parquet file"):
+        read_rows(tmp_path)
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    write_many(tmp_path, "abc")
+    compact(tmp_path)
+    (part,) = (tmp_path / "rows").iterdir()
+    cut_short(part)
+    for use in (read_rows, stored_keys):
+        with pytest.raises(InputError, match=f"^{re.escape(str(part))}: not a whole Parquet file"):
+            use(tmp_path)
+
+
+def test_what_killed_writers_left_goes_after_an_hour(tmp_path):
+    write_many(tmp_path, "ab")
+    old, new = (tmp_path / "rows" / f".{name}.parquet.0.tmp" for name in ("old", "new"))
+    for path, age in ((old, 7200), (new, 60)):
+        path.write_bytes(b"PAR1")
+        os.utime(path, (time.time() - age, time.time() - age))
+    compact(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_only_what_is_asked_for_is_read(tmp_path, parts):
+    for row in make_rows(requests=3):
+        write_row(tmp_path, row)
+    whole = read_rows(tmp_path)
+    if parts:
+        compact(tmp_path)
+    found = read_rows(tmp_path, columns=["system", "tokens_per_s"], where={"budget": 0.25, "system": ["fate", "lru"]})
+    expected = whole[(whole["budget"] == 0.25) & whole["system"].isin(["fate", "lru"])]
+    pd.testing.assert_frame_equal(found, expected[["system", "tokens_per_s"]].reset_index(drop=True), check_exact=True)
+    assert len(read_rows(tmp_path, where={"system": "nobody"})) == 0
+    with pytest.raises(InputError, match="'sistem' is not a column of the results: did you mean 'system'"):
+        read_rows(tmp_path, columns=["sistem"])
 
 
 def test_columns_that_nobody_declared_are_a_defect(tmp_path):

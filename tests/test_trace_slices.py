@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from builders import make_trace
 
-from traces import InputError, first_tokens, join_requests, one_after_another, validate_trace
+from traces import InputError, first_tokens, join_requests, one_after_another, split_requests, validate_trace
 
 
 def batch():
@@ -57,3 +57,12 @@ def test_only_parts_of_one_model_are_joined():
     other = replace(batch(), model=replace(batch().model, name="other"))
     with pytest.raises(InputError, match="number 1 is of 'other', the first of 'tiny'; join parts of one recording"):
         join_requests([batch(), other])
+
+
+def test_halves_that_share_no_request_have_half_of_every_domain():
+    requests = [0, 1, 2, 3, 5, 6, 7]
+    trace = make_trace([[[request]] for request in requests], requests=requests)
+    trace = replace(trace, domains=("b", "a", "b", "a", "a", "a", "c", "b"))
+    assert split_requests(trace) == ([1, 2, 5, 6], [0, 3, 7])
+    with pytest.raises(InputError, match="the trace has one request: it takes two to split it"):
+        split_requests(make_trace([[[0]], [[1]]]))

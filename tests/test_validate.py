@@ -54,6 +54,7 @@ def test_the_table_names_anchors_and_what_it_adds_up_to(folder, tmp_path, capsys
         (["runs=nowhere"], "runs is 'nowhere': there is no such folder"),
         (["runs=tests"], "tests: there is no measured run"),
         (["rnus=x"], "'rnus' is not a setting"),
+        (["link_gb_per_s=20"], "link_gb_per_s: a run is measured, and simulated, on the link that its machine has"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, capsys):
@@ -87,7 +88,7 @@ def long_trace(tmp_path):
     return path
 
 
-def test_cells_run_through_the_executor_and_into_a_report(long_trace, tmp_path, monkeypatch):
+def test_cells_run_through_the_executor_and_into_a_report(long_trace, tmp_path, monkeypatch, one_thread, little_garbage):
     """On a stand-in that times nothing: what counts is that decisions arrive and are those of the simulator."""
     pytest.importorskip("torch", reason="the executor needs torch")
     overrides = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path / 'results'}"]
@@ -103,7 +104,7 @@ def test_cells_run_through_the_executor_and_into_a_report(long_trace, tmp_path, 
     assert len(read_folder(tmp_path / "results" / "validation")) == 4
 
 
-def test_results_of_the_executor_are_read_with_their_cells(long_trace, tmp_path):
+def test_results_of_the_executor_are_read_with_their_cells(long_trace, tmp_path, one_thread, little_garbage):
     pytest.importorskip("torch", reason="the executor needs torch")
     from real.cells import make_cell, write_cells
     from real.replay import main as replay

@@ -1,12 +1,10 @@
 """Known errors are reported exactly: runs are made by the simulator on machines whose constants differ by known amounts."""
 
-import gzip
 import json
 
 import pytest
 from measuring import FIFO, LAYERS, PREFETCHING, TRACE, cell_of, machine, measured_on, routing
 
-from real.chrome import write_chrome_trace
 from real.validation import (
     Divergence,
     anchor_of,
@@ -177,23 +175,3 @@ def test_the_replay_decoder_reads_its_matrices_and_not_its_embedding():
     assert spec.expert_bytes == {"bf16": 3 * 4 * 8 * 2}
     assert spec.other_bytes == 2 * (3 * (4 * 16 + 8 * 4 + 3 * 5 * 4) + 16 * 4)
     assert spec.kv_bytes_per_token == 3 * 2 * 4 * 2
-
-
-def test_a_timeline_shows_both_runs_in_perfetto_s_format(tmp_path):
-    log = [
-        (1000, "miss", 9, 1),
-        (1000, "load", 9, 1),
-        (3000, "landed", 9, 1),
-        (3500, "end", -1, 1),
-        (4000, "hit", 9, 9),
-    ]
-    write_chrome_trace(tmp_path / "t.json.gz", {"measured": log, "simulated": log[:1]}, layers=2, experts=8, steps=range(4))
-    records = json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))["traceEvents"]
-    assert [record["args"]["name"] for record in records if record["name"] == "process_name"] == ["measured", "simulated"]
-    slices = [record for record in records if record["ph"] == "X"]
-    assert [(record["name"], record["pid"], record["tid"], record["ts"], record["dur"]) for record in slices] == [
-        ("load", 1, 2, 0.0, 2.0),
-        ("step 0, layer 1", 1, 1, 0.0, 2.5),
-    ]
-    assert slices[0]["args"] == {"layer": 1, "expert": 1, "outcome": "landed"}
-    assert slices[1]["args"] == {"hit": 0, "late_hit": 0, "miss": 1}

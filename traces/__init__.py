@@ -8,7 +8,7 @@ from traces.evidence import Evidence, find_evidence, render_evidence, shuffled
 from traces.files import content_hash, load_trace, save_trace
 from traces.importers import import_trace, importers
 from traces.recorder import RecordOptions, record
-from traces.slices import first_tokens, join_requests, one_after_another, slice_requests, take_tokens
+from traces.slices import first_tokens, join_requests, one_after_another, slice_requests, split_requests, take_tokens
 from traces.statistics import TraceStatistics, inspect_trace, render_statistics
 from traces.synthetic import CALIBRATED, Recipe, synthesize
 from traces.trace import DECODE, PREFILL, ModelSpec, Provenance, Trace
@@ -41,6 +41,7 @@ __all__ = [
     "save_trace",
     "shuffled",
     "slice_requests",
+    "split_requests",
     "synthesize",
     "take_tokens",
     "validate_trace",

@@ -34,6 +34,18 @@ def slice_requests(trace: Trace, requests: Sequence[int]) -> Trace:
     return _part(trace, np.flatnonzero(np.isin(trace.request, chosen)), chosen)
 
 
+def split_requests(trace: Trace) -> tuple[list[int], list[int]]:
+    """Return the requests of `trace` in two parts that share none: every other one, counted domain by domain.
+
+    Both parts so have half of every domain, give or take one request. Requests without tokens are in neither. Raises
+    `InputError` where there is only one.
+    """
+    requests = sorted(np.unique(trace.request).tolist(), key=lambda request: (trace.domains[request], request))
+    if len(requests) < 2:
+        raise InputError("the trace has one request: it takes two to split it into parts that share none")
+    return sorted(requests[::2]), sorted(requests[1::2])
+
+
 def take_tokens(trace: Trace, count: int) -> Trace:
     """Return the first requests of `trace` that make `count` tokens, the last one cut to fit.
 
