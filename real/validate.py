@@ -262,7 +262,7 @@ def write_ground_truth(
 
 def ground_truth() -> list[tuple[str, dict[str, Any]]]:
     """Return the committed summaries, each with the machine that was measured. Raises InputError where one is damaged."""
-    return [(path.parent.name, _read_json(path)) for path in sorted(GROUND_TRUTH.glob("*/summary.json"))]
+    return [(path.parent.name, read_json(path)) for path in sorted(GROUND_TRUTH.glob("*/summary.json"))]
 
 
 def check_ground_truth(folder: Path) -> list[str]:
