@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch", reason="the GPU's measurements need torch")
 
 from real import measure_gpu  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
+
 
 class Event:
     def __init__(self, enable_timing=False):
