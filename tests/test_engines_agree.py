@@ -21,7 +21,7 @@ from policies.contract import steady
 from policies.eviction.fifo import FIFO
 from policies.eviction.lfu import LFU
 from policies.eviction.lru import LRU
-from policies.order import NOWHERE, append, oldest, oldest_free, remove
+from policies.order import NOWHERE, Queues, append, enter, leave, make_queues, oldest, oldest_free
 from policies.predictor.popularity import Popularity
 from policies.residency import ContractError
 from policies.system import Composition, find_part
@@ -320,15 +320,37 @@ class OutOfBounds(FIFO):
     """Looks behind the end of an array, which in compiled code would be somebody else's memory."""
 
     def on_hit(self, key, pool, now):
-        self.order.queue[len(self.order.queue) + 1_000_000] = 7
+        self.order.newer[len(self.order.newer) + 1_000_000] = 7
 
 
-class TwiceRemoved(FIFO):
-    """Lets a function of the project look behind the end of an array; FIFO's own version of it is not checked."""
+class CountedFIFO(NamedTuple):
+    """FIFO that knows who stands in its queues."""
+
+    order: Queues
+
+    @classmethod
+    def build(cls, setting):
+        return cls(make_queues(setting.keys, setting.pools))
+
+    def on_insert(self, key, pool, now):
+        enter(self.order, pool, key)
 
     def on_hit(self, key, pool, now):
-        remove(self.order, key)
-        remove(self.order, key)
+        pass
+
+    def on_evict(self, key, pool, now):
+        leave(self.order, key)
+
+    def victim(self, pool, holds, limit, now):
+        return oldest_free(self.order, pool, holds, limit)
+
+
+class TwiceRemoved(CountedFIFO):
+    """Lets a function of the project look behind the end of an array; S3-FIFO's own version of it is not checked."""
+
+    def on_hit(self, key, pool, now):
+        leave(self.order, key)
+        leave(self.order, key)
 
 
 def test_what_a_python_policy_raises_comes_out_of_the_fast_engine():
@@ -362,7 +384,7 @@ class Nowhere(FIFO):
         return 10**9
 
 
-class Stranger(FIFO):
+class Stranger(CountedFIFO):
     """Evicts an expert that holds no slot and stands in no queue."""
 
     def victim(self, pool, holds, limit, now):

@@ -50,7 +50,7 @@ class PythonEviction:
         policy = residency.eviction
         self.on_hit, self.on_miss = policy.on_hit, getattr(policy, "on_miss", None)
         self.on_insert, self.on_evict = policy.on_insert, policy.on_evict
-        self.victim = getattr(policy, "victim", None)
+        self.victim: Any = getattr(policy, "victim", None)
         if self.victim is None:
             self.on_insert = lambda key, pool, now: residency.insert(key, now)
             self.on_evict = lambda key, pool, now: residency.evict(key, now)
