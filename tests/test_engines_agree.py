@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from sim.engines import run_engine
 from sim.experiment import composition_of, costs_of, system_of, workload_of
 from sim.fast import PolicyRaised, native, run_fast
 from sim.fast.native import make_known
+from sim.fast.observed import show_floats
 from sim.reference import run_reference
 from sim.workload import make_workload
 from traces import import_trace, take_tokens
@@ -234,10 +236,14 @@ def test_a_run_in_many_parts_with_a_small_log_is_the_same(name, monkeypatch):
 
 
 def test_half_floats_are_widened_exactly():
-    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    wide = np.zeros(1 << 16, np.float32)
-    sim.fast.run.widen(halves.reshape(256, 256), wide)
-    assert np.array_equal(wide, halves.astype(np.float32), equal_nan=True)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 1, 256)
+    wide = np.zeros((300, 1, 256), np.float32)
+    rows = np.arange(256)[::-1].copy()
+    show_floats(SimpleNamespace(weights=halves), rows, {"weights": wide})
+    expected = halves[rows].astype(np.float32)
+    number = ~np.isnan(expected)
+    assert np.array_equal(wide[:256], expected, equal_nan=True)
+    assert np.array_equal(np.signbit(wide[:256][number]), np.signbit(expected[number]))
 
 
 # ---- compiled or not ---------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ class _FastRun:
     def _show(self, rows: Any) -> None:
         """Let the loop and the predictor see some rows of the trace, from which the rows of steps then count."""
         trace = self.workload.trace
-        self.experts = trace.experts[rows]
+        self.experts = np.ascontiguousarray(trace.experts[rows])
         if self.system.prefetch.depth:
             self.hooks.observe(make_observed(trace, rows, self.system.composition.needs, self.floats))
         for name, address in zip(PLACES, self.hooks.table, strict=True):

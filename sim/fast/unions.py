@@ -19,14 +19,15 @@ def unions(experts: Any, first_rows: Any, last_rows: Any, expert_count: int) -> 
     keys = np.empty(most, np.int32)
     tokens = np.ones(most, np.int32)
     first_keys = np.repeat(np.arange(layers) * expert_count, top_k).astype(np.int32)
+    rows = experts.reshape(len(experts), layers * top_k)
     place_of = np.full(expert_count, -1, np.int64)
     event = filled = 0
     for step in range(steps):
         first_row, last_row = first_rows[step], last_rows[step]
-        if first_row + 1 == last_row and _all_there(experts[first_row]):
-            ids, found = experts[first_row].ravel(), keys[filled : filled + layers * top_k]
+        if first_row + 1 == last_row and _all_there(rows[first_row]):
+            ids, found = rows[first_row], keys[filled : filled + layers * top_k]
             for place in range(len(ids)):
-                found[place] = first_keys[place] + ids[place]
+                found[place] = first_keys[place] + np.int32(ids[place])
             for _ in range(layers):
                 event += 1
                 filled += top_k
@@ -53,11 +54,11 @@ def unions(experts: Any, first_rows: Any, last_rows: Any, expert_count: int) -> 
 
 @njit(forceinline=True)
 def _all_there(ids: Any) -> Any:
-    """Whether a token uses as many experts as it can in every layer."""
-    lowest = 0
-    for expert in ids.ravel():
-        lowest = min(lowest, expert)
-    return lowest >= 0
+    """Whether a token uses as many experts as it can in every layer: whether no id has a sign."""
+    every_bit = 0
+    for expert in ids:
+        every_bit |= expert
+    return every_bit >= 0
 
 
 def longest(offsets: Any) -> Any:
