@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from policies.residency import ContractError, no_victim
 from policies.system import System
+from sim.fast.callbacks import WRONG
 from sim.fast.hooks import (
     ADMIT,
     EVENT,
@@ -24,13 +26,17 @@ from sim.fast.hooks import (
     PREFETCH,
     TAKE,
     Hooks,
-    Observed,
     make_told,
 )
 from sim.fast.native import FAILED, PARAMETERS
+from sim.fast.observed import Observed
 from sim.fast.run import PolicyRaised
+from sim.fast.state import EXPERT
 from sim.observations import Observations
 from sim.workload import Workload
+
+REFUSED = -2
+"""What `Decisions.admit` returns where nobody may leave."""
 
 _ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
 
@@ -41,12 +47,13 @@ class Decisions:
     def __init__(self, system: System, observed: Observed, rows: Callable[[int], tuple[int, int]]) -> None:
         self.system = system
         self._rows = rows
-        told = self._told = make_told(system.setting, np.zeros(system.setting.keys, np.bool_))
-        self.resident = memoryview(told.resident)
+        told = self._told = make_told(system.setting, np.zeros(system.setting.keys, EXPERT))
+        self.resident = memoryview(told.experts["resident"])
         """[keys] who holds a slot; the executor writes it."""
         self.holds = memoryview(told.holds)
-        """[keys] how firmly; the executor writes it."""
+        """[keys] how firmly; the executor writes it, and whoever has no slot stays HELD."""
         self._hits, self._misses, self._seen = memoryview(told.hits), memoryview(told.misses), memoryview(told.seen)
+        self._demands, self._left, self._room = memoryview(told.demands), memoryview(told.left), memoryview(told.room)
         self._hooks = Hooks(system, told)
         self._hooks.observe(observed)
         self._observed = observed
@@ -83,14 +90,18 @@ class Decisions:
         if self._event(self._eviction, len(hits), len(misses), pool, now) == FAILED:
             self._raise()
 
-    def admit(self, key: int, pool: int, limit: int, now: int) -> int:
-        """Give `key` a slot: a free one (`sim.fast.hooks.ROOM`), or that of somebody held below `limit`.
+    def admit(self, key: int, pool: int, free: int, limit: int, now: int) -> int:
+        """Give `key` one of `free` slots, or that of somebody held below `limit` where there is none.
 
-        Return who left; `sim.fast.hooks.NOBODY` where nobody had to, `REFUSED` where nobody may.
+        Return who left; NOBODY where nobody had to, REFUSED where nobody may. Raises ContractError for a wrong victim.
         """
-        leaving: int = self._admit(self._eviction, key, pool, limit, now)
-        if leaving == FAILED:
+        self._demands[0], self._room[0], self._room[1] = key, free, limit
+        admitted = self._admit(self._eviction, 0, 1, pool, now)
+        if admitted == FAILED:
             self._raise()
+        if admitted == WRONG:
+            raise ContractError(no_victim(type(self.system.eviction).__name__, self._room[0]))
+        leaving: int = self._left[0] if admitted else REFUSED
         return leaving
 
     def evicted(self, key: int, pool: int, now: int) -> None:
@@ -101,7 +112,8 @@ class Decisions:
     def observe(self, step: int, layer: int, now: int) -> int:
         """Let the predictor learn from event `now`; return how many experts the prefetch rule would take at most."""
         first, last = self._rows(step)
-        self._seen[0], self._seen[1], self._seen[2], self._seen[3] = now, layer, first, last
+        for place, number in enumerate((now, layer, first, last, first)):
+            self._seen[place] = number
         if self._observe is not None and self._observe(self._predictor, 0, 0, 0, 0) == FAILED:
             self._raise()
         assert self._most is not None

@@ -64,4 +64,4 @@ def _note_judged(run: Any, hits: Any, awaited: Any, absent: Any) -> None:
 
 def _note_train(run: Any) -> None:
     for index in range(run.demands):
-        note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
+        note(run, place(run, index).landed_ns, LANDED, number(run.demands_at, index, INT32))

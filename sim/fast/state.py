@@ -27,11 +27,11 @@ RUN = np.dtype(
             *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
             # clocks; `row` is the running event's in COMING, `first_key` its layer's
             *("time", "host", "compute", "now", "layer", "step", "row", "first_key"),
-            # the running event: when it ends (NEVER before that is known and after it has), how many experts it holds
-            # and waits for
-            *("release_ns", "held", "outstanding"),
-            # link: the expert on it, the alarm that ends its turn, lengths of its lists, ends of the queue of prefetches
-            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "oldest", "newest", "busy_ns"),
+            # the running event: when it ends (NEVER before that is known and after it has), how many experts it holds,
+            # where the list of their keys is, and how many it waits for
+            *("release_ns", "held", "held_at", "outstanding"),
+            # link: the expert on it, the alarm that ends its turn, how many demands wait
+            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "busy_ns"),
             # counters of the run, and of the running step
             *("prefetches", "cancelled", "predicted", "predicted_and_needed", "needed_after_prediction"),
             *("taken", "peak_slots", "demand_bytes", "useful_bytes", "late_bytes", "wasted_bytes", "refresh_bytes"),
@@ -41,7 +41,7 @@ RUN = np.dtype(
             # addresses: tables of records
             *("experts_at", "transfers_at", "pools_at", "places_at", "coming_at", "steps_at"),
             # arrays that policies see (sim.fast.hooks.Told)
-            *("holds_at", "hits_at", "misses_at", "seen_at", "ids_at"),
+            *("holds_at", "hits_at", "misses_at", "wave_at", "demands_at", "left_at", "room_at", "seen_at", "ids_at"),
             # events of the present part of the trace
             *("first_event", "first_step", "offsets_at", "keys_at", "tokens_at", "expert_ns_at", "demand_ns_at"),
             # entries of the policies and their states (sim.fast.hooks)
@@ -77,12 +77,13 @@ EXPERT = np.dtype(
 TRANSFER = np.dtype(
     [
         ("target", np.int32),  # event that the transfer is for
-        ("older", np.int32),  # neighbours in the queue of prefetches
+        ("older", np.int32),  # neighbours in the queue of prefetches; itself, while it is not in it
         ("newer", np.int32),
         ("chunks_left", np.int32),
     ]
 )
-"""[keys] the transfer of an expert, while there is one: the rest of `sim.link.Transfer`."""
+"""[keys + 1] the transfer of an expert, while there is one: the rest of `sim.link.Transfer`. The last record is both ends of
+the queue, so that nobody who joins or leaves it has to ask whether there are others."""
 
 POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
 """[pools]"""
@@ -91,15 +92,13 @@ PLACE = np.dtype(
     [
         ("takes", np.int64),  # compute time, in the running event, of the expert of this number, ns
         ("landed_ns", np.int64),
-        ("held", np.int32),
         ("awaited", np.int32),
-        ("demand", np.int32),
         ("wanted", np.int32),
     ],
     align=True,
 )
-"""[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed),
-and what is to be prefetched for the event that is being predicted."""
+"""[experts] entry i of each list of keys: in flight and needed by the event, and what is to be prefetched for the event that
+is being predicted; and when demand i landed."""
 
 COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64), ("first_key", np.int64), ("cells_at", np.int64)])
 """[depth + 1] of a coming event: experts predicted (-1: no prediction), how many took a slot for it, its layer's first key,
@@ -120,8 +119,9 @@ STEP = np.dtype(
     [
         ("attention_ns", np.int64),
         ("step_ns", np.int64),
-        ("first_row", np.int64),  # of its tokens, among the rows of the part
+        ("first_row", np.int64),  # of its tokens, among the rows that predictors see
         ("last_row", np.int64),  # one after them
+        ("first_float", np.int64),  # of its tokens, among the rows of floats that predictors see
         *((name, np.int64) for name in ("computed", "waited", "host_idle", "hits", "late_hits", "misses")),
     ]
 )
