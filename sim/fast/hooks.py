@@ -98,6 +98,8 @@ class Hooks:
             self._bind_prefetch()
             self._bind_predictor(observed)
         self._observe(observed)
+        if not hasattr(self._system.predictor, "observe"):
+            self.table[OBSERVE] = 0
 
     _observe: Any = None
 
@@ -124,8 +126,6 @@ class Hooks:
             python = PythonPredictor(policy, told)
             self._call_back({OBSERVE: (python.observe, 0), PREDICT: (python.predict, 2)})
             self._observe = python.show
-        if not hasattr(policy, "observe"):
-            self.table[OBSERVE] = 0
 
     def _compile(self, axis: str, place: int, entries: Callable[..., Any], policy: Any, state: Callable[[], Any]) -> bool:
         """Compile the entries of a policy, if numba can (an empty tuple it cannot pass), and put its state into memory."""
@@ -174,7 +174,8 @@ def admit(state: Any, first: Any, stop: Any, pool: Any, now: Any) -> Any:
     policy, told, members = state
     pool &= NUMBER
     free, highest = told.room[0], told.room[1]
-    for index in range(first, stop):
+    for number in range(first, stop):
+        index = number & NUMBER
         key, leaving = told.demands[index] & NUMBER, NOBODY
         if told.experts[key].resident:  # in flight when its event started
             continue
@@ -233,6 +234,7 @@ def observe(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 def predict(state: Any, ahead: Any, most: Any, c: Any, d: Any) -> Any:
     """Let the predictor write up to `most` experts expected `ahead` layers later; return how many."""
     policy, told, observed = state
+    ahead, most = ahead & NUMBER, most & NUMBER
     return policy.predict(see(told, observed), ahead, told.ids[:most], told.scores[:most])
 
 

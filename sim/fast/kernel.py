@@ -24,14 +24,13 @@ from sim.fast.state import (
     INT32,
     INT64,
     NONE,
-    PLACE,
     QUEUED,
     STARTED,
+    TRANSFER,
     cell,
     coming,
     expert_of,
     number,
-    place,
     pool_of,
     put,
     record,
@@ -155,37 +154,38 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     """
     now, first_key = run.now, run.first_key
     # In local variables, because a compiler must assume that writing any table changes them.
-    keys_at, tokens_at, expert_ns_at = run.keys_at, run.tokens_at, run.expert_ns_at
-    experts_at, places_at, holds_at = run.experts_at, run.places_at, run.holds_at
-    hits_at, misses_at, arrival_ns = run.hits_at, run.misses_at, run.group_ns + run.beside_ns
-    run.held, run.held_at = stop - start, keys_at + start * 4
+    count, keys_at, tokens_at = stop - start, run.keys_at + start * 4, run.tokens_at + start * 4
+    experts_at, holds_at, expert_ns_at = run.experts_at, run.holds_at, run.expert_ns_at
+    hits_at, misses_at, awaited_at = run.hits_at, run.misses_at, run.demands_at
+    takes_at, arrival_ns = run.takes_at - first_key * 8, run.group_ns + run.beside_ns
+    run.held, run.held_at = count, keys_at
     hits = awaited = late = first_uses = present_ns = total_ns = 0
-    for index in range(start, stop):
+    for index in range(count):
         key = number(keys_at, index, INT32)
         takes = number(expert_ns_at, number(tokens_at, index, INT32), INT64)
         expert = record(experts_at, key, EXPERT)
         expert.needed = now
         put(holds_at, key, HELD, INT8)  # until the event ends; for those that have no slot it means nothing
-        record(places_at, key - first_key, PLACE).takes = takes + arrival_ns  # read of those that are waited for
+        put(takes_at, key, takes + arrival_ns, INT64)  # read of those that are waited for
         # All lists are written and some of them grow: nobody, no processor either, foresees which.
         put(hits_at, hits, key, INT32)
-        put(misses_at, index - start - hits, key, INT32)
-        record(places_at, awaited, PLACE).awaited = key
+        put(misses_at, index - hits, key, INT32)
+        put(awaited_at, awaited, key, INT32)
         resident = int(expert.resident)
-        in_flight = resident & int(expert.transfer != NONE)
+        in_flight = resident & int(expert.transfer)
+        not_first = expert.unused >> 31  # -1 where it was not prefetched, or used since; 0 otherwise
         hits += resident
         awaited += in_flight
         present_ns += (resident - in_flight) * takes
         total_ns += takes
-        first_use = int(expert.unused >= 0)
         expert.unused = NOTHING
-        first_uses += first_use
-        late += first_use & in_flight
-    absent = stop - start - hits
+        first_uses += 1 + not_first
+        late += in_flight & ~not_first
+    absent = count - hits
     run.late_bytes += late * run.expert_bytes
     run.useful_bytes += (first_uses - late) * run.expert_bytes
     note_judged(run, hits, awaited, absent)
-    if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
+    if count and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
         _stop(run, BY_EXCEPTION, NOTHING)
     together = run.group_ns * int(hits > awaited)
     run.computed += total_ns + together + (awaited + absent) * arrival_ns
@@ -195,7 +195,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     this = coming(run, 0)
     if this.predicted >= 0:
         run.predicted += this.predicted
-        run.needed_after_prediction += stop - start
+        run.needed_after_prediction += count
         stale = needed = 0
         cells_at = this.cells_at
         for index in range(this.predicted):
@@ -216,7 +216,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
 def _begin_wave(run: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
     """Ask the link for what the wave lacks: what is partly here first, then in routed order."""
     for index in range(awaited):
-        _demand(run, place(run, index).awaited)
+        _demand(run, number(run.demands_at, index, INT32))  # where it is put in again
     for index in range(wave, next_wave):
         key = number(run.misses_at, index, INT32)
         if expert_of(run, key).resident and expert_of(run, key).transfer == NONE:
@@ -265,7 +265,7 @@ def _compute_when_landed(run: Any, landed: Any, key: Any) -> None:
     if landed > run.compute:
         run.waited += landed - run.compute
         run.compute = landed
-    run.compute += place(run, key - run.first_key).takes
+    run.compute += number(run.takes_at, key - run.first_key, INT64)
 
 
 @njit(forceinline=True)
@@ -339,7 +339,7 @@ def _predict(run: Any) -> None:
         event = coming(run, ahead)
         event.first_key = first_key
         predicted = max(event.predicted, 0)
-        cells_at, experts_at, places_at, ids_at = event.cells_at, run.experts_at, run.places_at, run.ids_at
+        cells_at, experts_at, wanted_at, ids_at = event.cells_at, run.experts_at, run.wanted_at, run.ids_at
         wanted, experts = 0, run.experts
         for index in range(taken):
             chosen = number(ids_at, index, INT64)
@@ -353,10 +353,10 @@ def _predict(run: Any) -> None:
                 predicted += 1
             key = first_key + chosen
             expert = record(experts_at, key, EXPERT)
-            record(places_at, wanted, PLACE).wanted = key
+            put(wanted_at, wanted, key, INT32)
             wanted += int((int(expert.resident) | expert.transfer) == NONE)
         for index in range(wanted):
-            key = record(places_at, index, PLACE).wanted
+            key = number(wanted_at, index, INT32)
             if expert_of(run, key).transfer == NONE:  # the predictor may have named it twice
                 _queue(run, key, run.now + ahead, False)
         event.predicted = predicted
@@ -476,7 +476,7 @@ def _forget(run: Any, key: Any, pool: Any, ns: Any) -> None:
     run.wasted_bytes += int(expert.unused >= 0) * run.expert_bytes
     expert.unused = NOTHING
     if expert.transfer != NONE:
-        expert.transfer = NONE
+        _end_transfer(run, key)
         _unqueue(run, key)
     note(run, ns, EVICT, key)
 
@@ -485,14 +485,14 @@ def _forget(run: Any, key: Any, pool: Any, ns: Any) -> None:
 def _give_up(run: Any, key: Any) -> None:
     """Drop a transfer that nobody waits for; a paused one gives its slot back and has moved bytes for nothing."""
     expert = expert_of(run, key)
-    started = expert.transfer == STARTED
-    expert.transfer = NONE
+    started, refresh = expert.transfer == STARTED, expert.refresh
+    moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
+    _end_transfer(run, key)
     run.cancelled += 1
     note(run, run.time, CANCEL, key)
     if started:
         expert.unused = NOTHING
-        moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
-        if expert.refresh:
+        if refresh:
             run.refresh_bytes += moved
         else:
             run.wasted_bytes += moved
@@ -532,8 +532,8 @@ def _let_link_act(run: Any, until: Any) -> None:
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
     ns, compute, waited, start_ns = run.time, run.compute, run.waited, _start_ns(run)
-    places_at, experts_at, demands_at, left_at = run.places_at, run.experts_at, run.demands_at, run.left_at
-    first_key, demand_ns_at = run.first_key, run.demand_ns_at
+    experts_at, demands_at, left_at, demand_ns_at = run.experts_at, run.demands_at, run.left_at, run.demand_ns_at
+    landed_at, takes_at = run.landed_at, run.takes_at - run.first_key * 8
     admitted = loads = 0
     for index in range(run.demands):
         if index == admitted:
@@ -555,12 +555,12 @@ def _serve_demands(run: Any) -> None:
             run.refresh_bytes += run.expert_bytes
             if expert.transfer != STARTED:
                 note(run, ns, REFRESH, key)
-        expert.transfer = NONE
         ns += start_ns + number(demand_ns_at, transfer_of(run, key).chunks_left, INT64)
+        _end_transfer(run, key)
         start_ns = 0
         waited += max(ns - compute, 0)
-        compute = max(ns, compute) + record(places_at, key - first_key, PLACE).takes
-        record(places_at, index, PLACE).landed_ns = ns
+        compute = max(ns, compute) + number(takes_at, key, INT64)
+        put(landed_at, index, ns, INT64)
     run.compute, run.waited = compute, waited
     run.demand_bytes += loads * run.expert_bytes
     note_train(run)
@@ -631,16 +631,17 @@ def _give_way(run: Any) -> None:
 def _land(run: Any, key: Any, ns: Any) -> None:
     """Make an expert usable, and note it where the event waits for it."""
     expert = expert_of(run, key)
-    expert.transfer = NONE
+    refresh = expert.refresh
+    _end_transfer(run, key)
     note(run, ns, LANDED, key)
-    if expert.refresh:
+    if refresh:
         run.refresh_bytes += run.expert_bytes
     if expert.demand:
         _compute_when_landed(run, ns, key)
         run.outstanding -= 1
-    elif expert.refresh or transfer_of(run, key).target <= run.now:
+    elif refresh or transfer_of(run, key).target <= run.now:
         put(run.holds_at, key, FREE, INT8)
-        if run.drop_unused_prefetches and not expert.refresh:
+        if run.drop_unused_prefetches and not refresh:
             _evict(run, key, ns)
     else:
         put(run.holds_at, key, AWAITED, INT8)
@@ -652,11 +653,8 @@ def _demand(run: Any, key: Any) -> None:
 
     Nobody foresees whether there is one, so nothing here is a branch.
     """
-    expert, transfer = expert_of(run, key), transfer_of(run, key)
-    is_new = int(expert.transfer == NONE)
-    transfer.chunks_left += is_new * (run.chunks - transfer.chunks_left)
-    expert.transfer += is_new * QUEUED
-    expert.refresh &= is_new == 0
+    expert = expert_of(run, key)
+    expert.transfer |= QUEUED
     expert.demand = True
     _unqueue(run, key)
     put(run.demands_at, run.demands, key, INT32)
@@ -672,8 +670,16 @@ def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
     expert.refresh = refresh
     expert.demand = False
     transfer.target = target
-    transfer.chunks_left = run.chunks
     _link(run, key, transfer_of(run, run.keys).older, run.keys)
+
+
+@njit(forceinline=True)
+def _end_transfer(run: Any, key: Any) -> None:
+    """Forget the transfer of an expert, so that its record is ready for the next one."""
+    expert = expert_of(run, key)
+    expert.transfer = NONE
+    expert.refresh = False
+    transfer_of(run, key).chunks_left = run.chunks
 
 
 @njit(forceinline=True)
@@ -685,17 +691,20 @@ def _oldest(run: Any) -> Any:
 @njit(forceinline=True)
 def _link(run: Any, key: Any, older: Any, newer: Any) -> None:
     """Put a transfer into the queue of prefetches, between two others or its ends."""
-    transfer_of(run, key).older, transfer_of(run, key).newer = older, newer
-    transfer_of(run, older).newer = transfer_of(run, newer).older = key
+    transfers_at = run.transfers_at
+    transfer = record(transfers_at, key, TRANSFER)
+    transfer.older, transfer.newer = older, newer
+    record(transfers_at, older, TRANSFER).newer = record(transfers_at, newer, TRANSFER).older = key
 
 
 @njit(forceinline=True)
 def _unqueue(run: Any, key: Any) -> None:
     """Take a transfer out of the queue of prefetches; one that is in no queue is linked to itself and stays so."""
-    transfer = transfer_of(run, key)
+    transfers_at = run.transfers_at
+    transfer = record(transfers_at, key, TRANSFER)
     older, newer = transfer.older, transfer.newer
-    transfer_of(run, older).newer = newer
-    transfer_of(run, newer).older = older
+    record(transfers_at, older, TRANSFER).newer = newer
+    record(transfers_at, newer, TRANSFER).older = older
     transfer.older = transfer.newer = key
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from policies.contract import Seen
-from sim.fast.native import compiled
+from sim.fast.native import NUMBER, compiled
 
 _FLOATS = {"weights": "weights", "lookahead_scores": "lookahead", "router_logits": "logits"}
 """Arrays of floats, and what a policy must need to see them."""
@@ -78,8 +78,9 @@ def _widen(bits: Any, rows: Any, wide: Any) -> None:
 @njit(forceinline=True)
 def see(told: Any, observed: Any) -> Any:
     """Return the running event as a predictor sees it."""
-    now, layer, first, last, first_float = told.seen[0], told.seen[1], told.seen[2], told.seen[3], told.seen[4]
-    last_float = first_float + last - first
+    now, layer = told.seen[0], told.seen[1] & NUMBER
+    first, last, first_float = told.seen[2] & NUMBER, told.seen[3] & NUMBER, told.seen[4] & NUMBER
+    last_float = (first_float + last - first) & NUMBER
     return Seen(
         now,
         layer,

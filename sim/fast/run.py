@@ -17,7 +17,7 @@ from sim.fast.kernel import NOTHING, run_part
 from sim.fast.log import EVENTS
 from sim.fast.native import compiled
 from sim.fast.observed import make_floats, make_observed, show_floats
-from sim.fast.state import CELL, COMING, EXPERT, LOG, LOGGED_RUN, PLACE, POOL, RUN, STEP, TRANSFER
+from sim.fast.state import CELL, COMING, EXPERT, LOG, LOGGED_RUN, POOL, RUN, STEP, TRANSFER
 from sim.fast.unions import unions
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
@@ -58,7 +58,7 @@ class _FastRun:
     ) -> None:
         self.system, self.workload, self.costs, self.log = system, workload, costs, log
         self.steps = make_steps(workload, costs)
-        self.tables = make_tables(system, logging=log is not None)
+        self.tables = make_tables(system, costs, logging=log is not None)
         self.told = make_told(system.setting, self.tables["experts_at"])
         self.hooks = Hooks(system, self.told, interpret=interpret)
         self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers, logging=log is not None)
@@ -195,13 +195,14 @@ def make_run(system: System, costs: Costs, events: int, logging: bool) -> Any:
     return run
 
 
-def make_tables(system: System, logging: bool) -> dict[str, Any]:
+def make_tables(system: System, costs: Costs, logging: bool) -> dict[str, Any]:
     """Return the tables of a run, by the field of `RUN` that points to each."""
     setting, rows = system.setting, system.prefetch.depth + 1
     experts = np.zeros(setting.keys, EXPERT)
     experts["unused"] = experts["needed"] = NOTHING
     experts["pool"] = np.repeat(setting.pool_of, setting.experts)
     transfers = np.zeros(setting.keys + 1, TRANSFER)
+    transfers["chunks_left"] = costs.chunks
     transfers["older"] = transfers["newer"] = np.arange(setting.keys + 1)
     pools = np.zeros(setting.pools, POOL)
     pools["capacity"] = setting.capacity
@@ -214,7 +215,9 @@ def make_tables(system: System, logging: bool) -> dict[str, Any]:
         "experts_at": experts,
         "transfers_at": transfers,
         "pools_at": pools,
-        "places_at": np.zeros(setting.experts, PLACE),
+        "takes_at": np.zeros(setting.experts, np.int64),  # ns that every expert of the layer takes, in the event
+        "landed_at": np.zeros(setting.experts, np.int64),  # when every demand landed
+        "wanted_at": np.zeros(setting.experts, np.int32),  # keys to be prefetched for the event that is being predicted
         "coming_at": coming,
         "log_at": np.zeros(max(LOG_ROOM, 8 * setting.keys + 4 * setting.experts + 16) if logging else 0, LOG),
     }
@@ -229,5 +232,7 @@ def make_steps(workload: Workload, costs: Costs) -> Any:
 
 def rows_follow_in_steps(workload: Workload) -> bool:
     """Whether every step's rows follow one another in the trace, so that none needs to be copied."""
-    jumps = np.flatnonzero(np.diff(workload.rows) != 1) + 1
-    return bool(np.isin(jumps, workload.offsets).all())
+    follows = np.diff(workload.rows) == 1
+    first_rows = workload.offsets[(workload.offsets > 0) & (workload.offsets < len(workload.rows))]
+    follows[first_rows - 1] = True
+    return bool(follows.all())
