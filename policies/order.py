@@ -84,6 +84,8 @@ def remove(order: Order | Queues, key: int) -> None:
 
 def renew(order: Order | Queues, queue: int, key: int) -> None:
     """Move `key` to the newest end of `queue`, in which it stands."""
+    if order.newer[key] == order.keys + queue:
+        return
     remove(order, key)
     append(order, queue, key)
 
