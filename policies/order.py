@@ -84,10 +84,18 @@ def remove(order: Order | Queues, key: int) -> None:
 
 def renew(order: Order | Queues, queue: int, key: int) -> None:
     """Move `key` to the newest end of `queue`, in which it stands."""
-    if order.newer[key] == order.keys + queue:
+    end = order.keys + queue
+    last = order.older[end]
+    if last == key:
         return
-    remove(order, key)
-    append(order, queue, key)
+    before = order.older[key]
+    after = order.newer[key]
+    order.newer[before] = after
+    order.older[after] = before
+    order.newer[last] = key
+    order.older[key] = last
+    order.newer[key] = end
+    order.older[end] = key
 
 
 def enter(queues: Queues, queue: int, key: int) -> None:
