@@ -1,6 +1,6 @@
 """Queues of expert keys as arrays: the building block of list-based eviction policies.
 
-Several queues share one `Order`; a key stands in at most one of them. All operations are O(1) but
+Several queues share one `Order` or `Queues`; a key stands in at most one of them. All operations are O(1) but
 `oldest_free`, which walks past keys that may not leave.
 """
 
@@ -28,6 +28,14 @@ class Order(NamedTuple):
     keys: np.uint32 | int
     newer: Links
     older: Links
+
+
+class Queues(NamedTuple):
+    """An `Order` that also knows which queue a key stands in and how long each is: `enter` and `leave` keep account."""
+
+    keys: np.uint32 | int
+    newer: Links
+    older: Links
     queue: Links
     """[keys] the queue that a key stands in, or NOWHERE."""
     length: Ints
@@ -38,20 +46,25 @@ def make_order(keys: int, queues: int) -> Order:
     """Return `queues` empty queues over `keys` keys."""
     links = np.arange(keys + queues, dtype=np.uint32)
     # The number of keys has no sign either: sentinels are found with it.
-    return Order(np.uint32(keys), links, links.copy(), np.full(keys, NOWHERE, np.uint32), np.zeros(queues, np.int64))
+    return Order(np.uint32(keys), links, links.copy())
+
+
+def make_queues(keys: int, queues: int) -> Queues:
+    """Return the same as `Queues`."""
+    return Queues(*make_order(keys, queues), np.full(keys, NOWHERE, np.uint32), np.zeros(queues, np.int64))
 
 
 def with_lists(policy: Any) -> Any:
     """Return `policy` with the arrays of its queues as lists: what plain Python reads one at a time, three times faster."""
-    if isinstance(policy, Order):
-        return Order(int(policy.keys), *(links.tolist() for links in policy[1:]))
+    if isinstance(policy, (Order, Queues)):
+        return type(policy)(int(policy.keys), *(links.tolist() for links in policy[1:]))
     if not hasattr(policy, "_asdict"):
         return policy
-    queues = {name: with_lists(part) for name, part in policy._asdict().items() if isinstance(part, Order)}
+    queues = {name: with_lists(part) for name, part in policy._asdict().items() if isinstance(part, (Order, Queues))}
     return policy._replace(**queues) if queues else policy
 
 
-def append(order: Order, queue: int, key: int) -> None:
+def append(order: Order | Queues, queue: int, key: int) -> None:
     """Put `key`, which stands in no queue, at the newest end of `queue`."""
     end = order.keys + queue
     last = order.older[end]
@@ -59,43 +72,53 @@ def append(order: Order, queue: int, key: int) -> None:
     order.older[key] = last
     order.newer[key] = end
     order.older[end] = key
-    order.queue[key] = queue
-    order.length[queue] += 1
 
 
-def remove(order: Order, key: int) -> None:
+def remove(order: Order | Queues, key: int) -> None:
     """Take `key` out of the queue that it stands in."""
     before = order.older[key]
     after = order.newer[key]
     order.newer[before] = after
     order.older[after] = before
-    order.length[order.queue[key]] -= 1
-    order.queue[key] = NOWHERE
 
 
-def renew(order: Order, key: int) -> None:
-    """Move `key` to the newest end of the queue that it stands in."""
+def renew(order: Order | Queues, queue: int, key: int) -> None:
+    """Move `key` to the newest end of `queue`, in which it stands."""
+    end = order.keys + queue
+    last = order.older[end]
+    if last == key:
+        return
     before = order.older[key]
     after = order.newer[key]
-    end = order.keys + order.queue[key]
-    if after == end:
-        return
     order.newer[before] = after
     order.older[after] = before
-    last = order.older[end]
     order.newer[last] = key
     order.older[key] = last
     order.newer[key] = end
     order.older[end] = key
 
 
-def oldest(order: Order, queue: int) -> int:
+def enter(queues: Queues, queue: int, key: int) -> None:
+    """Put `key`, which stands in no queue, at the newest end of `queue`."""
+    append(queues, queue, key)
+    queues.queue[key] = queue
+    queues.length[queue] += 1
+
+
+def leave(queues: Queues, key: int) -> None:
+    """Take `key` out of the queue that it stands in."""
+    remove(queues, key)
+    queues.length[queues.queue[key]] -= 1
+    queues.queue[key] = NOWHERE
+
+
+def oldest(order: Order | Queues, queue: int) -> int:
     """Return the oldest key of `queue`, or -1 where it is empty."""
     key = order.newer[order.keys + queue]
     return key if key < order.keys else -1
 
 
-def oldest_free(order: Order, queue: int, holds: Ints, limit: int) -> int:
+def oldest_free(order: Order | Queues, queue: int, holds: Ints, limit: int) -> int:
     """Return the oldest key of `queue` that may leave (``holds[key] < limit``), or -1."""
     keys = order.keys
     key = order.newer[keys + queue]
@@ -104,8 +127,8 @@ def oldest_free(order: Order, queue: int, holds: Ints, limit: int) -> int:
     return key if key < keys else -1
 
 
-def shorten(order: Order, queue: int, length: int) -> None:
+def shorten(queues: Queues, queue: int, length: int) -> None:
     """Drop the oldest keys of `queue` until at most `length` stand in it: the bound of a ghost list."""
-    end = order.keys + queue
-    while order.length[queue] > max(length, 0):
-        remove(order, order.newer[end])
+    end = queues.keys + queue
+    while queues.length[queue] > max(length, 0):
+        leave(queues, queues.newer[end])

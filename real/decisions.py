@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from policies.residency import ContractError, no_prediction
+from policies.residency import ContractError, no_prediction, no_victim
 from policies.system import System
+from sim.fast.callbacks import WRONG
 from sim.fast.hooks import (
     ADMIT,
     EVENT,
@@ -26,16 +27,17 @@ from sim.fast.hooks import (
     PREFETCH,
     TAKE,
     Hooks,
-    Observed,
     make_told,
 )
 from sim.fast.native import FAILED, PARAMETERS, call, compiled
+from sim.fast.observed import Observed
 from sim.fast.run import PolicyRaised
+from sim.fast.state import EXPERT
 from sim.observations import Observations
 from sim.workload import Workload
 
-WRONG = -1
-"""What `look_ahead` returns for counts and ids that cannot be; the number is then in ``wanted[0, 0]``."""
+REFUSED = -2
+"""What `Decisions.admit` returns where nobody may leave."""
 
 _ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
 
@@ -49,13 +51,13 @@ class Decisions:
     def __init__(self, system: System, observed: Observed, rows: Callable[[int], tuple[int, int]], events: int) -> None:
         self.system = system
         self._rows = rows
-        told = make_told(system.setting, np.zeros(system.setting.keys, np.bool_))
-        self._told = told
-        self.resident = memoryview(told.resident)
+        told = self._told = make_told(system.setting, np.zeros(system.setting.keys, EXPERT))
+        self.resident = memoryview(told.experts["resident"])
         """[keys] who holds a slot; the executor writes it."""
         self.holds = memoryview(told.holds)
-        """[keys] how firmly; the executor writes it."""
+        """[keys] how firmly; the executor writes it, and whoever has no slot stays HELD."""
         self._hits, self._misses, self._seen = memoryview(told.hits), memoryview(told.misses), memoryview(told.seen)
+        self._demands, self._left, self._room = memoryview(told.demands), memoryview(told.left), memoryview(told.room)
         self._hooks = Hooks(system, told)
         self._hooks.observe(observed)
         self._observed = observed
@@ -100,14 +102,18 @@ class Decisions:
         if self._event(self._eviction, len(hits), len(misses), pool, now) == FAILED:
             self._raise()
 
-    def admit(self, key: int, pool: int, limit: int, now: int) -> int:
-        """Give `key` a slot: a free one (`sim.fast.hooks.ROOM`), or that of somebody held below `limit`.
+    def admit(self, key: int, pool: int, free: int, limit: int, now: int) -> int:
+        """Give `key` one of `free` slots, or that of somebody held below `limit` where there is none.
 
-        Return who left; `sim.fast.hooks.NOBODY` where nobody had to, `REFUSED` where nobody may.
+        Return who left; NOBODY where nobody had to, REFUSED where nobody may. Raises ContractError for a wrong victim.
         """
-        leaving: int = self._admit(self._eviction, key, pool, limit, now)
-        if leaving == FAILED:
+        self._demands[0], self._room[0], self._room[1] = key, free, limit
+        admitted = self._admit(self._eviction, 0, 1, pool, now)
+        if admitted == FAILED:
             self._raise()
+        if admitted == WRONG:
+            raise ContractError(no_victim(type(self.system.eviction).__name__, self._room[0]))
+        leaving: int = self._left[0] if admitted else REFUSED
         return leaving
 
     def evicted(self, key: int, pool: int, now: int) -> None:
@@ -121,9 +127,10 @@ class Decisions:
         Whoever is neither resident nor `busy` is fetched, and is `busy` from here on.
         """
         first, last = self._rows(step)
-        self._seen[0], self._seen[1], self._seen[2], self._seen[3] = now, layer, first, last
+        for place, number in enumerate((now, layer, first, last, first)):
+            self._seen[place] = number
         found = self._look_ahead(
-            self._hooks.table, now, self._events, layer, last - first, self._told.resident, self._busy, self._told.ids,
+            self._hooks.table, now, self._events, layer, last - first, self._told.experts, self._busy, self._told.ids,
             self._predicted, self._wanted,
         )  # fmt: skip
         if found == FAILED:
@@ -159,7 +166,7 @@ def look_ahead(
     events: Any,
     layer: Any,
     tokens: Any,
-    resident: Any,
+    known: Any,
     busy: Any,
     ids: Any,
     predicted: Any,
@@ -167,11 +174,11 @@ def look_ahead(
 ) -> Any:
     """Do what the fast engine does at an event's end (`sim.fast.kernel`), for `Decisions.look_ahead`; compiled there.
 
-    Fill `wanted` [n, 2] with keys and events and return how many; `FAILED` where a policy raised, `WRONG` where it gave what
-    cannot be.
+    `known` [keys] are records that say who is resident. Fill `wanted` [n, 2] with keys and events and return how many;
+    `FAILED` where a policy raised, `WRONG` where it gave what cannot be.
     """
     rows, experts = len(predicted), len(ids)
-    layers = len(resident) // experts
+    layers = len(known) // experts
     if table[OBSERVE] and call(table[OBSERVE], table[PREDICTOR], 0, 0, 0, 0) == FAILED:
         return FAILED
     most = call(table[MOST], table[PREFETCH], tokens, 0, 0, 0)
@@ -202,7 +209,7 @@ def look_ahead(
                 return WRONG
             row[expert] = True
             key = first_key + expert
-            if not resident[key] and not busy[key]:
+            if not known[key].resident and not busy[key]:
                 busy[key] = True
                 wanted[count, 0] = key
                 wanted[count, 1] = target

@@ -14,12 +14,12 @@ import numpy as np
 
 from policies.contract import Ints
 from policies.residency import AWAITED, FREE, HELD, ContractError, no_victim
-from real.decisions import Decisions
+from real.decisions import REFUSED, Decisions
 from real.device import COMPUTE, COPY, Device
 from real.pump import Pump, Transfer
 from real.schedule import SlotRead, SlotWrite
 from real.timeline import Timeline
-from sim.fast.hooks import REFUSED, ROOM
+from sim.fast.callbacks import NOBODY
 from sim.result import KINDS
 from traces.errors import InputError
 
@@ -156,7 +156,7 @@ class Executor:
         """Bring `keys` into slots before the first step; the eviction policy sees them inserted by event 0."""
         for key in keys:
             transfer = Transfer(key, 0)
-            self.decisions.admit(key, self.pool_of_key[key], ROOM, 0)
+            self.decisions.admit(key, self.pool_of_key[key], 1, HELD, 0)
             self._occupy(transfer, FREE)
             self._copy(transfer, 0, self.expert_bytes)
         self.device.drain()
@@ -476,16 +476,14 @@ class Executor:
     def _admit(self, key: int, demand: bool) -> bool:
         """Find a slot for `key`: a free one, or that of an expert that nothing needs; for a demand also one that was
         prefetched for a coming event, or that of a prefetch that is partly there."""
-        pool, now = self.pool_of_key[key], self.now
+        pool = self.pool_of_key[key]
         while True:
-            limit = ROOM if self.taken[pool] < self.capacity[pool] else AWAITED
-            leaving = self.decisions.admit(key, pool, limit, now)
-            if leaving == REFUSED and demand:
-                limit = HELD
-                leaving = self.decisions.admit(key, pool, limit, now)
+            free = self.capacity[pool] - self.taken[pool]
+            leaving = self.decisions.admit(key, pool, free, HELD if demand else AWAITED, self.now)
             if leaving != REFUSED:
-                if limit != ROOM:
-                    self._check_victim(leaving, pool, limit)
+                if leaving != NOBODY:
+                    if self.pool_of_key[leaving] != pool:
+                        raise ContractError(no_victim(type(self.system.eviction).__name__, leaving))
                     self._forget(leaving)
                 return True
             if not demand:
@@ -494,12 +492,6 @@ class Executor:
                 if not any(last is not None and not last.demand for _, _, last in self.link.in_flight):
                     raise ContractError(no_victim(type(self.system.eviction).__name__, -1))
                 self.link.await_oldest()  # a prefetch that cannot be called back holds the slot until it lands
-
-    def _check_victim(self, key: int, pool: int, limit: int) -> None:
-        """Raise ContractError for a victim that may not leave."""
-        known = 0 <= key < len(self.holds) and self.pool_of_key[key] == pool and self.resident[key]
-        if not known or self.holds[key] >= limit:
-            raise ContractError(no_victim(type(self.system.eviction).__name__, key))
 
     def _occupy(self, transfer: Transfer, how: int) -> None:
         """Give a slot to an expert that was admitted."""
@@ -526,7 +518,7 @@ class Executor:
 
     def _forget(self, key: int) -> None:
         """Note a lost slot: a prefetch that was never used turns out wasted, a queued renewal is not needed."""
-        self.resident[key] = False
+        self.resident[key], self.holds[key] = False, HELD
         self.taken[self.pool_of_key[key]] -= 1
         self.left.append(key)
         self.busy[key] = True

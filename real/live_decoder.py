@@ -17,7 +17,7 @@ from real.decoder import GRAPH_TOKENS, RING_ROWS
 from real.device import COMPUTE, Device
 from real.live_model import LiveModel
 from real.readout import Readout
-from sim.fast.hooks import Observed
+from sim.fast.observed import Observed
 from traces.errors import InputError
 from traces.recorder.routers import Choice, RouterCall, choose, logarithm, logits_in, rank
 

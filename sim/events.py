@@ -36,7 +36,8 @@ def make_events(experts: npt.NDArray[np.integer], step_offsets: Ints, expert_cou
     from sim.fast.native import compiled
     from sim.fast.unions import unions
 
-    return Events(experts.shape[1], expert_count, *compiled(unions)(experts, step_offsets, expert_count))
+    found = compiled(unions)(np.ascontiguousarray(experts), step_offsets[:-1], step_offsets[1:], expert_count)
+    return Events(experts.shape[1], expert_count, *found)
 
 
 def one_key_events(events: Events) -> Events:

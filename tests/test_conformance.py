@@ -60,8 +60,12 @@ class ByNumber(FIFO):
     """Evicts the expert with the lowest number."""
 
     def victim(self, pool, holds, limit, now):
-        keys = [key for key in range(len(holds)) if self.order.queue[key] == pool and holds[key] < limit]
-        return min(keys, default=-1)
+        lowest, key = -1, self.order.newer[self.order.keys + pool]
+        while key < self.order.keys:
+            if holds[key] < limit and (lowest < 0 or key < lowest):
+                lowest = key
+            key = self.order.newer[key]
+        return lowest
 
 
 class Curious(PreviousToken):

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from policies.contract import steady
 from policies.eviction.fifo import FIFO
 from policies.eviction.lfu import LFU
 from policies.eviction.lru import LRU
-from policies.order import NOWHERE, append, oldest, oldest_free, remove
+from policies.order import NOWHERE, Queues, append, enter, leave, make_queues, oldest, oldest_free
 from policies.predictor.popularity import Popularity
 from policies.residency import ContractError
 from policies.system import Composition, find_part
@@ -32,6 +33,7 @@ from sim.engines import run_engine
 from sim.experiment import composition_of, costs_of, system_of, workload_of
 from sim.fast import PolicyRaised, native, run_fast
 from sim.fast.native import make_known
+from sim.fast.observed import show_floats
 from sim.reference import run_reference
 from sim.workload import make_workload
 from traces import import_trace, take_tokens
@@ -242,10 +244,14 @@ def test_a_run_in_many_parts_with_a_small_log_is_the_same(name, monkeypatch):
 
 
 def test_half_floats_are_widened_exactly():
-    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    wide = np.zeros(1 << 16, np.float32)
-    sim.fast.run.widen(halves.reshape(256, 256), wide)
-    assert np.array_equal(wide, halves.astype(np.float32), equal_nan=True)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 1, 256)
+    wide = np.zeros((300, 1, 256), np.float32)
+    rows = np.arange(256)[::-1].copy()
+    show_floats(SimpleNamespace(weights=halves), rows, {"weights": wide})
+    expected = halves[rows].astype(np.float32)
+    number = ~np.isnan(expected)
+    assert np.array_equal(wide[:256], expected, equal_nan=True)
+    assert np.array_equal(np.signbit(wide[:256][number]), np.signbit(expected[number]))
 
 
 # ---- compiled or not ---------------------------------------------------------------------------------------------
@@ -328,15 +334,37 @@ class OutOfBounds(FIFO):
     """Looks behind the end of an array, which in compiled code would be somebody else's memory."""
 
     def on_hit(self, key, pool, now):
-        self.order.queue[len(self.order.queue) + 1_000_000] = 7
+        self.order.newer[len(self.order.newer) + 1_000_000] = 7
 
 
-class TwiceRemoved(FIFO):
-    """Lets a function of the project look behind the end of an array; FIFO's own version of it is not checked."""
+class CountedFIFO(NamedTuple):
+    """FIFO that knows who stands in its queues."""
+
+    order: Queues
+
+    @classmethod
+    def build(cls, setting):
+        return cls(make_queues(setting.keys, setting.pools))
+
+    def on_insert(self, key, pool, now):
+        enter(self.order, pool, key)
 
     def on_hit(self, key, pool, now):
-        remove(self.order, key)
-        remove(self.order, key)
+        pass
+
+    def on_evict(self, key, pool, now):
+        leave(self.order, key)
+
+    def victim(self, pool, holds, limit, now):
+        return oldest_free(self.order, pool, holds, limit)
+
+
+class TwiceRemoved(CountedFIFO):
+    """Lets a function of the project look behind the end of an array; S3-FIFO's own version of it is not checked."""
+
+    def on_hit(self, key, pool, now):
+        leave(self.order, key)
+        leave(self.order, key)
 
 
 def test_what_a_python_policy_raises_comes_out_of_the_fast_engine():
@@ -370,7 +398,7 @@ class Nowhere(FIFO):
         return 10**9
 
 
-class Stranger(FIFO):
+class Stranger(CountedFIFO):
     """Evicts an expert that holds no slot and stands in no queue."""
 
     def victim(self, pool, holds, limit, now):

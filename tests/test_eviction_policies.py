@@ -20,7 +20,7 @@ from policies.eviction.lrfu import LRFU
 from policies.eviction.lru import LRU
 from policies.eviction.s3fifo import S3FIFO
 from policies.eviction.sieve import Sieve
-from policies.order import NOWHERE, append, make_order, oldest, shorten
+from policies.order import NOWHERE, enter, make_queues, oldest, shorten
 from policies.residency import AWAITED, FREE, HELD, Residency
 from sim.events import Events, future_of, make_events, one_key_events
 from sim.replay import one_pool, pool_per_layer, replay
@@ -262,9 +262,9 @@ def test_victims_are_residents_that_may_leave(policy: Any, slots: int, calls: li
 
 
 def test_shorten_drops_the_oldest() -> None:
-    order = make_order(4, 1)
+    order = make_queues(4, 1)
     for key in (2, 0, 3):
-        append(order, 0, key)
+        enter(order, 0, key)
     shorten(order, 0, 2)
     assert (oldest(order, 0), order.length[0], order.queue.tolist()) == (0, 2, [0, NOWHERE, NOWHERE, 0])
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.contract import Floats, Ints, Setting
-from policies.order import NOWHERE, Order, append, make_order, oldest_free, remove, renew, shorten
+from policies.order import NOWHERE, Queues, enter, leave, make_queues, oldest_free, renew, shorten
 
 
 class ARC(NamedTuple):
@@ -18,9 +18,9 @@ class ARC(NamedTuple):
     but as no miss: the target does not move. No parameters.
     """
 
-    resident: Order
+    resident: Queues
     """Of pool p: queue 2p is T1, 2p + 1 is T2."""
-    ghost: Order
+    ghost: Queues
     """Of pool p: queue 2p is B1, 2p + 1 is B2."""
     target: Floats
     """[pools] slots that T1 should have: p in the paper."""
@@ -37,8 +37,8 @@ class ARC(NamedTuple):
     def build(cls, setting: Setting) -> ARC:
         """Start with empty lists and the target at 0."""
         return cls(
-            make_order(setting.keys, 2 * setting.pools),
-            make_order(setting.keys, 2 * setting.pools),
+            make_queues(setting.keys, 2 * setting.pools),
+            make_queues(setting.keys, 2 * setting.pools),
             np.zeros(setting.pools),
             setting.capacity.astype(np.int64),
             np.zeros(setting.keys, np.int64),
@@ -54,12 +54,12 @@ class ARC(NamedTuple):
                 self.target[pool] = max(self.target[pool] - max(b1 / b2, 1.0), 0.0)
             else:
                 self.target[pool] = min(self.target[pool] + max(b2 / b1, 1.0), float(self.capacity[pool]))
-            remove(self.ghost, key)
+            leave(self.ghost, key)
             self.returning[key] = 1
         self.used[key] = 1
 
     def on_insert(self, key: int, pool: int, now: int) -> None:  # noqa: D102
-        append(self.resident, 2 * pool + self.returning[key], key)
+        enter(self.resident, 2 * pool + self.returning[key], key)
         self.returning[key] = 0
         self.from_b2[pool] = 0
         t1, t2 = self.resident.length[2 * pool], self.resident.length[2 * pool + 1]
@@ -68,19 +68,19 @@ class ARC(NamedTuple):
 
     def on_hit(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         if self.used[key] == 1 or self.ghost.queue[key] != NOWHERE:
-            remove(self.resident, key)
-            append(self.resident, 2 * pool + 1, key)
+            leave(self.resident, key)
+            enter(self.resident, 2 * pool + 1, key)
             if self.ghost.queue[key] != NOWHERE:
-                remove(self.ghost, key)
+                leave(self.ghost, key)
         else:
-            renew(self.resident, key)
+            renew(self.resident, self.resident.queue[key], key)
         self.used[key] = 1
 
     def on_evict(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         side = self.resident.queue[key]
-        remove(self.resident, key)
+        leave(self.resident, key)
         if self.used[key] == 1:
-            append(self.ghost, side, key)
+            enter(self.ghost, side, key)
             t1, t2 = self.resident.length[2 * pool], self.resident.length[2 * pool + 1]
             shorten(self.ghost, 2 * pool, self.capacity[pool] - t1)
             shorten(self.ghost, 2 * pool + 1, 2 * self.capacity[pool] - t1 - t2 - self.ghost.length[2 * pool])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.contract import Ints, Setting
-from policies.order import NOWHERE, Order, append, make_order, oldest_free, remove, shorten
+from policies.order import NOWHERE, Queues, enter, leave, make_queues, oldest_free, shorten
 
 
 class FateARC(NamedTuple):
@@ -20,9 +20,9 @@ class FateARC(NamedTuple):
     the code's warm start with experts 0 to C - 1, which is an allocation's choice. No parameters.
     """
 
-    resident: Order
+    resident: Queues
     """Of pool p: queue 3p is T1, 3p + 1 is T2, 3p + 2 holds prefetched experts not used yet."""
-    ghost: Order
+    ghost: Queues
     """Of pool p: queue 2p is B1, 2p + 1 is B2."""
     target: Ints
     """[pools] slots that T1 should have."""
@@ -35,8 +35,8 @@ class FateARC(NamedTuple):
     def build(cls, setting: Setting) -> FateARC:
         """Start with empty lists and the target at 0."""
         return cls(
-            make_order(setting.keys, 3 * setting.pools),
-            make_order(setting.keys, 2 * setting.pools),
+            make_queues(setting.keys, 3 * setting.pools),
+            make_queues(setting.keys, 2 * setting.pools),
             np.zeros(setting.pools, np.int64),
             setting.capacity.astype(np.int64),
             np.zeros(setting.keys, np.int64),
@@ -48,11 +48,11 @@ class FateARC(NamedTuple):
         if self.ghost.queue[key] != NOWHERE:
             step = t1 if self.ghost.queue[key] == 2 * pool else -t2
             self.target[pool] = min(max(self.target[pool] + step, 0), self.capacity[pool])
-            remove(self.ghost, key)
+            leave(self.ghost, key)
             self.missed[key] = 2
 
     def on_insert(self, key: int, pool: int, now: int) -> None:  # noqa: D102
-        append(self.resident, 3 * pool + (self.missed[key] + 2) % 3, key)
+        enter(self.resident, 3 * pool + (self.missed[key] + 2) % 3, key)
         self.missed[key] = 0
         t1, t2 = self.resident.length[3 * pool], self.resident.length[3 * pool + 1]
         shorten(self.ghost, 2 * pool, self.capacity[pool] - t1)
@@ -65,9 +65,9 @@ class FateARC(NamedTuple):
         if self.ghost.queue[key] != NOWHERE:
             step = t1 if self.ghost.queue[key] == 2 * pool else -t2
             self.target[pool] = min(max(self.target[pool] + step, 0), self.capacity[pool])
-            remove(self.ghost, key)
-        remove(self.resident, key)
-        append(self.resident, goes_to, key)
+            leave(self.ghost, key)
+        leave(self.resident, key)
+        enter(self.resident, goes_to, key)
         if first:
             t1, t2 = self.resident.length[3 * pool], self.resident.length[3 * pool + 1]
             shorten(self.ghost, 2 * pool, self.capacity[pool] - t1)
@@ -75,9 +75,9 @@ class FateARC(NamedTuple):
 
     def on_evict(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         side = self.resident.queue[key] - 3 * pool
-        remove(self.resident, key)
+        leave(self.resident, key)
         if side < 2:
-            append(self.ghost, 2 * pool + side, key)
+            enter(self.ghost, 2 * pool + side, key)
             t1, t2 = self.resident.length[3 * pool], self.resident.length[3 * pool + 1]
             shorten(self.ghost, 2 * pool, self.capacity[pool] - t1)
             shorten(self.ghost, 2 * pool + 1, 2 * self.capacity[pool] - t1 - t2 - self.ghost.length[2 * pool])

@@ -44,7 +44,7 @@ class LeastStale(NamedTuple):
     def on_hit(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         self.layer[0] = key // self.experts
         self.last_use[key] = now
-        renew(self.order, key)
+        renew(self.order, key // self.experts, key)
 
     def on_evict(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         remove(self.order, key)

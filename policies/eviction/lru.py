@@ -26,7 +26,7 @@ class LRU(NamedTuple):
         append(self.order, pool, key)
 
     def on_hit(self, key: int, pool: int, now: int) -> None:  # noqa: D102
-        renew(self.order, key)
+        renew(self.order, pool, key)
 
     def on_evict(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         remove(self.order, key)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.contract import Ints, Setting
-from policies.order import Order, append, make_order, oldest_free, remove, renew, shorten
+from policies.order import Queues, enter, leave, make_queues, oldest_free, renew, shorten
 
 
 class S3FIFO(NamedTuple):
@@ -22,7 +22,7 @@ class S3FIFO(NamedTuple):
     the ghost list. `promote_at`: uses after the first that move an expert from small to main.
     """
 
-    order: Order
+    order: Queues
     """Of pool p: queue 3p is small, 3p + 1 main, 3p + 2 the ghost list."""
     again: Ints
     """[keys] uses after the first, at most 3; -1 before the first (prefetched or absent)."""
@@ -43,7 +43,7 @@ class S3FIFO(NamedTuple):
         """Start with empty queues."""
         small_size = np.maximum((setting.capacity * small).astype(np.int64), 1)
         return cls(
-            make_order(setting.keys, 3 * setting.pools),
+            make_queues(setting.keys, 3 * setting.pools),
             np.full(setting.keys, -1),
             np.zeros(setting.keys, np.int64),
             np.zeros(setting.pools, np.int64),
@@ -56,16 +56,16 @@ class S3FIFO(NamedTuple):
     def on_miss(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         self.again[key] = 0
         if self.order.queue[key] == 3 * pool + 2:
-            remove(self.order, key)
+            leave(self.order, key)
             self.returning[key] = 1
 
     def on_insert(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         small = 3 * pool
         if self.order.queue[key] == small + 2:  # prefetched: no miss took it off the ghost list
-            remove(self.order, key)
+            leave(self.order, key)
             self.returning[key] = 1
         fills_main = self.full[pool] == 0 and self.order.length[small] >= self.small_size[pool]
-        append(self.order, small + 1 if self.returning[key] == 1 or fills_main else small, key)
+        enter(self.order, small + 1 if self.returning[key] == 1 or fills_main else small, key)
         self.returning[key] = 0
 
     def on_hit(self, key: int, pool: int, now: int) -> None:  # noqa: D102
@@ -73,9 +73,9 @@ class S3FIFO(NamedTuple):
 
     def on_evict(self, key: int, pool: int, now: int) -> None:  # noqa: D102
         was_small = self.order.queue[key] == 3 * pool
-        remove(self.order, key)
+        leave(self.order, key)
         if was_small and self.again[key] >= 0:
-            append(self.order, 3 * pool + 2, key)
+            enter(self.order, 3 * pool + 2, key)
             shorten(self.order, 3 * pool + 2, self.ghost_size[pool])
         self.again[key] = -1
         self.full[pool] = 1
@@ -87,13 +87,13 @@ class S3FIFO(NamedTuple):
             while key >= 0:
                 if self.again[key] < self.promote_at:
                     return key
-                remove(self.order, key)
-                append(self.order, main, key)
+                leave(self.order, key)
+                enter(self.order, main, key)
                 self.again[key] = 0
                 key = oldest_free(self.order, small, holds, limit)
         key = oldest_free(self.order, main, holds, limit)
         while key >= 0 and self.again[key] > 0:
             self.again[key] -= 1
-            renew(self.order, key)
+            renew(self.order, main, key)
             key = oldest_free(self.order, main, holds, limit)
         return key

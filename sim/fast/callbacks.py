@@ -7,8 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from policies.contract import Seen, Setting
-from policies.residency import Residency
+from policies.residency import FREE, HELD, Residency
 from sim.fast.native import FAILED, PARAMETERS
+
+NOBODY = -1
+"""Who left where there was a free slot."""
+
+WRONG = -1
+"""What the entry `admit` returns when the policy chose somebody who may not leave."""
 
 _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
 
@@ -32,19 +38,23 @@ def callback(function: Callable[..., Any], wanted: int, faults: list[BaseExcepti
 
 
 class PythonEviction:
-    """An eviction policy, called back. The loop checks its victims; for one that scores the residents are kept here."""
+    """An eviction policy, called back. For one that scores the residents are kept here."""
 
     def __init__(self, policy: Any, setting: Setting, told: Any) -> None:
-        self.holds = memoryview(told.holds)  # written by the loop
+        # Written by the loop; memory views, since they are read one number at a time.
+        self.holds, self.resident = memoryview(told.holds), memoryview(told.experts["resident"])
         self.hits, self.misses = memoryview(told.hits), memoryview(told.misses)
-        self.resident = told.resident
-        residency = Residency(policy, setting)
+        self.demands, self.left, self.room = memoryview(told.demands), memoryview(told.left), memoryview(told.room)
+        self.residency = residency = Residency(policy, setting)
         residency.holds = self.holds  # type: ignore[assignment]
         policy = residency.eviction
         self.on_hit, self.on_miss = policy.on_hit, getattr(policy, "on_miss", None)
         self.on_insert, self.on_evict = policy.on_insert, policy.on_evict
-        self.victim = getattr(policy, "victim", None)
-        self.residency = residency
+        self.victim: Any = getattr(policy, "victim", None)
+        if self.victim is None:
+            self.on_insert = lambda key, pool, now: residency.insert(key, now)
+            self.on_evict = lambda key, pool, now: residency.evict(key, now)
+            self.victim = lambda pool, holds, limit, now: residency.victim(pool, now, limit)
 
     def event(self, hits: int, misses: int, pool: int, now: int) -> None:
         """Tell which experts of an event are there and which are not."""
@@ -55,37 +65,35 @@ class PythonEviction:
             for key in self.misses[:misses].tolist():
                 on_miss(key, pool, now)
 
-    def admit(self, key: int, pool: int, limit: int, now: int) -> int:
-        """Give `key` a slot: a free one (limit -1), or one whose resident is held below `limit`; return who left."""
-        if self.victim is None:
-            return self._admit_by_score(key, pool, limit, now)
-        leaving: int = -1
-        if limit >= 0:
-            leaving = self.victim(pool, self.holds, limit, now)
-            if leaving < 0:
-                return -2
-            if leaving >= len(self.holds) or not self.resident[leaving] or self.holds[leaving] >= limit:
-                return leaving  # it may not leave: the loop sees to it
-            self.on_evict(leaving, pool, now)
-        self.on_insert(key, pool, now)
-        return leaving
-
-    def _admit_by_score(self, key: int, pool: int, limit: int, now: int) -> int:
-        leaving = -1
-        if limit >= 0:
-            leaving = self.residency.victim(pool, now, limit)
-            if leaving < 0:
-                return -2
-            self.residency.evict(leaving, now)
-        self.residency.insert(key, now)
-        return leaving
+    def admit(self, first: int, stop: int, pool: int, now: int) -> int:
+        """Give waiting experts a slot each: what `sim.fast.hooks.admit` says."""
+        holds, resident, left = self.holds, self.resident, self.left
+        free, highest = self.room
+        for index, key in enumerate(self.demands[first:stop].tolist(), first):
+            leaving = NOBODY
+            if resident[key]:
+                continue
+            if free > 0:
+                free -= 1
+            else:
+                limit = FREE
+                while leaving < 0 and limit < highest:
+                    limit += 1
+                    leaving = self.victim(pool, holds, limit, now)
+                if leaving < 0:
+                    return index
+                if leaving >= len(holds) or holds[leaving] >= limit:
+                    self.room[0] = leaving
+                    return WRONG
+                self.on_evict(leaving, pool, now)
+                holds[leaving] = HELD
+            self.on_insert(key, pool, now)
+            left[index] = leaving
+        return stop
 
     def evicted(self, key: int, pool: int, now: int) -> None:
         """Tell that `key` lost its slot for another reason than to make room."""
-        if self.victim is None:
-            self.residency.evict(key, now)
-        else:
-            self.on_evict(key, pool, now)
+        self.on_evict(key, pool, now)
 
 
 class PythonPredictor:
@@ -105,12 +113,20 @@ class PythonPredictor:
 
     def predict(self, ahead: int, most: int) -> int:
         """Let the predictor write up to `most` experts expected `ahead` layers later; return how many."""
-        count: int = self.policy.predict(self._seen(), ahead, self.told.ids[:most], self.told.scores[:most])
+        seen = self._seen()
+        count: int = self.policy.predict(seen, ahead, self.told.ids[:most], self.told.scores[:most])
         return count
 
     def _seen(self) -> Seen:
-        now, layer, start, stop = self.told.seen.tolist()
-        request = self.observed.request[start:stop]
-        rows: list[Any]
-        rows = [array[start:stop, layer] if array.ndim > 1 else None for array in self.observed]
-        return Seen(now, layer, rows[0], rows[1], request, *rows[3:])
+        now, layer, first, last, first_float = self.told.seen.tolist()
+        observed, rows, floats = self.observed, slice(first, last), slice(first_float, first_float + last - first)
+        return Seen(
+            now,
+            layer,
+            observed.experts[rows, layer],
+            observed.weights[floats, layer],
+            observed.request[rows],
+            observed.lookahead_experts[rows, layer],
+            observed.lookahead_scores[floats, layer],
+            observed.router_logits[floats, layer],
+        )

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from policies.contract import Seen, Setting
+from policies.contract import Setting
+from policies.residency import FREE, HELD
 from policies.system import System
-from sim.fast.callbacks import PythonEviction, PythonPredictor, callback
+from sim.fast.callbacks import NOBODY, WRONG, PythonEviction, PythonPredictor, callback
 from sim.fast.members import insert, make_members, remove, touch, victim
 from sim.fast.native import NUMBER, bind, entry, keep, not_compiled
+from sim.fast.observed import Observed, see
 from traces.errors import InputError
 
 EVENT, ADMIT, EVICTED, OBSERVE, PREDICT, MOST, TAKE, EVICTION, PREDICTOR, PREFETCH = range(10)
@@ -28,53 +29,50 @@ PLACES = (
 )
 """Their names in `sim.fast.state.RUN`."""
 
-NOBODY, REFUSED = -1, -2
-"""What ADMIT returns when nobody had to leave, and when nobody may."""
-ROOM = -1
-"""The limit given to ADMIT when there is a free slot."""
-
 
 class Told(NamedTuple):
     """What the loop writes for policies to read: memory that they share, so that a call carries four numbers only."""
 
     holds: Any
-    """[keys] int8: how firmly every key is held (policies.residency)."""
+    """[keys] int8: how firmly every key is held (policies.residency): HELD where it has no slot."""
     hits: Any
     """[E] int32: keys of the running event that were there."""
     misses: Any
     """[E] int32: keys of the running event that were not."""
+    wave: Any
+    """[E] int32: keys that the event holds while it runs in waves."""
+    demands: Any
+    """[E] int32: keys that are to take slots, in this order."""
+    left: Any
+    """[E] int32: who left for each of them, or NOBODY."""
+    room: Any
+    """[2]: free slots of their pool, and the limit below which a resident must be held to leave for them. In the end, if the
+    policy chose somebody who may not leave, the first is that key."""
     seen: Any
-    """[4]: event, layer, and of the observed rows the first and the one after the last."""
+    """[5]: event, layer, of its observed rows the first and the one after the last, and the first of its floats."""
     ids: Any
     """[E]: what a predictor writes."""
     scores: Any
     """[E]"""
-    resident: Any
-    """[keys] bool: who holds a slot; a column of `sim.fast.state.EXPERT`."""
+    experts: Any
+    """[keys] `sim.fast.state.EXPERT`: who holds a slot."""
 
 
-def make_told(setting: Setting, resident: Any) -> Told:
+def make_told(setting: Setting, experts: Any) -> Told:
     """Return the shared memory of one run."""
     return Told(
-        holds=np.zeros(setting.keys, np.int8),
+        holds=np.full(setting.keys, HELD, np.int8),
         hits=np.zeros(setting.experts, np.int32),
         misses=np.zeros(setting.experts, np.int32),
-        seen=np.zeros(4, np.int64),
+        wave=np.zeros(setting.experts, np.int32),
+        demands=np.zeros(setting.experts, np.int32),
+        left=np.zeros(setting.experts, np.int32),
+        room=np.zeros(2, np.int64),
+        seen=np.zeros(5, np.int64),
         ids=np.zeros(setting.experts, np.int64),
         scores=np.zeros(setting.experts, np.float64),
-        resident=resident,
+        experts=experts,
     )
-
-
-class Observed(NamedTuple):
-    """The rows of one part of a run as predictors see them: the arrays of `policies.contract.Seen` for all layers."""
-
-    experts: Any
-    weights: Any
-    request: Any
-    lookahead_experts: Any
-    lookahead_scores: Any
-    router_logits: Any
 
 
 class Hooks:
@@ -100,6 +98,8 @@ class Hooks:
             self._bind_prefetch()
             self._bind_predictor(observed)
         self._observe(observed)
+        if not hasattr(self._system.predictor, "observe"):
+            self.table[OBSERVE] = 0
 
     _observe: Any = None
 
@@ -126,8 +126,6 @@ class Hooks:
             python = PythonPredictor(policy, told)
             self._call_back({OBSERVE: (python.observe, 0), PREDICT: (python.predict, 2)})
             self._observe = python.show
-        if not hasattr(policy, "observe"):
-            self.table[OBSERVE] = 0
 
     def _compile(self, axis: str, place: int, entries: Callable[..., Any], policy: Any, state: Callable[[], Any]) -> bool:
         """Compile the entries of a policy, if numba can (an empty tuple it cannot pass), and put its state into memory."""
@@ -171,22 +169,37 @@ def event(state: Any, hits: Any, misses: Any, pool: Any, now: Any) -> Any:
     return 0
 
 
-def admit(state: Any, key: Any, pool: Any, limit: Any, now: Any) -> Any:
-    """Give `key` a slot: a free one, or that of somebody held below `limit`; return who left."""
+def admit(state: Any, first: Any, stop: Any, pool: Any, now: Any) -> Any:
+    """Give the experts `first` to `stop` of `Told.demands` a slot each, in order; return how far that went, or WRONG."""
     policy, told, members = state
-    key, pool, leaving = key & NUMBER, pool & NUMBER, NOBODY
-    if limit != ROOM:
-        leaving = victim(policy, members, told.holds, pool, limit, now)
-        if leaving < 0:
-            return REFUSED
-        leaving &= NUMBER
-        if leaving >= len(told.holds) or not told.resident[leaving] or told.holds[leaving] >= limit:
-            return leaving  # it may not leave: the loop sees to it
-        remove(policy, members, leaving, pool, now)
-        policy.on_evict(leaving, pool, now)
-    policy.on_insert(key, pool, now)
-    insert(policy, members, key, pool, now)
-    return leaving
+    pool &= NUMBER
+    free, highest = told.room[0], told.room[1]
+    for number in range(first, stop):
+        index = number & NUMBER
+        key, leaving = told.demands[index] & NUMBER, NOBODY
+        if told.experts[key].resident:  # in flight when its event started
+            continue
+        if free > 0:
+            free -= 1
+        else:
+            # For a demand, those who were prefetched for a coming event leave if nobody else can.
+            limit = FREE
+            while leaving < 0 and limit < highest:
+                limit += 1
+                leaving = victim(policy, members, told.holds, pool, limit, now)
+            if leaving < 0:
+                return index
+            leaving &= NUMBER
+            if leaving >= len(told.holds) or told.holds[leaving] >= limit:
+                told.room[0] = leaving
+                return WRONG
+            remove(policy, members, leaving, pool, now)
+            policy.on_evict(leaving, pool, now)
+            told.holds[leaving] = HELD
+        policy.on_insert(key, pool, now)
+        insert(policy, members, key, pool, now)
+        told.left[index] = leaving
+    return stop
 
 
 def evicted(state: Any, key: Any, pool: Any, now: Any, d: Any) -> Any:
@@ -211,33 +224,18 @@ def _bind_eviction(state: Any, memory: Any, size: Any, table: Any) -> Any:
 # ---- entries of predictors and prefetch rules ---------------------------------------------------------------------
 
 
-@njit(forceinline=True)
-def _seen(told: Any, observed: Any) -> Any:
-    """Return the running event as a predictor sees it."""
-    now, layer, start, stop = told.seen[0], told.seen[1], told.seen[2], told.seen[3]
-    return Seen(
-        now,
-        layer,
-        observed.experts[start:stop, layer],
-        observed.weights[start:stop, layer],
-        observed.request[start:stop],
-        observed.lookahead_experts[start:stop, layer],
-        observed.lookahead_scores[start:stop, layer],
-        observed.router_logits[start:stop, layer],
-    )
-
-
 def observe(state: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Let the predictor learn from the running event."""
     policy, told, observed = state
-    policy.observe(_seen(told, observed))
+    policy.observe(see(told, observed))
     return 0
 
 
 def predict(state: Any, ahead: Any, most: Any, c: Any, d: Any) -> Any:
     """Let the predictor write up to `most` experts expected `ahead` layers later; return how many."""
     policy, told, observed = state
-    return policy.predict(_seen(told, observed), ahead, told.ids[:most], told.scores[:most])
+    ahead, most = ahead & NUMBER, most & NUMBER
+    return policy.predict(see(told, observed), ahead, told.ids[:most], told.scores[:most])
 
 
 _observe, _predict = entry(observe), entry(predict)

@@ -14,7 +14,7 @@ from numba import njit
 from policies.contract import NEVER
 from policies.residency import AWAITED, FREE, HELD
 from sim.costs import NO_READOUT
-from sim.fast.hooks import REFUSED, ROOM
+from sim.fast.callbacks import NOBODY
 from sim.fast.log import CANCEL, ENDS, EVICT, LANDED, LOADS, PREFETCHES, REFRESH, log_is_full, note, note_judged, note_train
 from sim.fast.native import FAILED, call
 from sim.fast.state import (
@@ -24,14 +24,13 @@ from sim.fast.state import (
     INT32,
     INT64,
     NONE,
-    PLACE,
     QUEUED,
     STARTED,
+    TRANSFER,
     cell,
     coming,
     expert_of,
     number,
-    place,
     pool_of,
     put,
     record,
@@ -155,38 +154,38 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     """
     now, first_key = run.now, run.first_key
     # In local variables, because a compiler must assume that writing any table changes them.
-    keys_at, tokens_at, expert_ns_at = run.keys_at, run.tokens_at, run.expert_ns_at
-    experts_at, places_at, holds_at = run.experts_at, run.places_at, run.holds_at
-    hits_at, misses_at, arrival_ns = run.hits_at, run.misses_at, run.group_ns + run.beside_ns
-    run.held = stop - start
-    hits = awaited = absent = late = useful = present_ns = total_ns = 0
-    for index in range(start, stop):
+    count, keys_at, tokens_at = stop - start, run.keys_at + start * 4, run.tokens_at + start * 4
+    experts_at, holds_at, expert_ns_at = run.experts_at, run.holds_at, run.expert_ns_at
+    hits_at, misses_at, awaited_at = run.hits_at, run.misses_at, run.demands_at
+    takes_at, arrival_ns = run.takes_at - first_key * 8, run.group_ns + run.beside_ns
+    run.held, run.held_at = count, keys_at
+    hits = awaited = late = first_uses = present_ns = total_ns = 0
+    for index in range(count):
         key = number(keys_at, index, INT32)
         takes = number(expert_ns_at, number(tokens_at, index, INT32), INT64)
         expert = record(experts_at, key, EXPERT)
         expert.needed = now
         put(holds_at, key, HELD, INT8)  # until the event ends; for those that have no slot it means nothing
-        record(places_at, key - first_key, PLACE).takes = takes + arrival_ns  # read of those that are waited for
-        record(places_at, index - start, PLACE).held = key
+        put(takes_at, key, takes + arrival_ns, INT64)  # read of those that are waited for
         # All lists are written and some of them grow: nobody, no processor either, foresees which.
         put(hits_at, hits, key, INT32)
-        put(misses_at, absent, key, INT32)
-        record(places_at, awaited, PLACE).awaited = key
+        put(misses_at, index - hits, key, INT32)
+        put(awaited_at, awaited, key, INT32)
         resident = int(expert.resident)
-        in_flight = resident & int(expert.transfer != NONE)
+        in_flight = resident & int(expert.transfer)
+        not_first = expert.unused >> 31  # -1 where it was not prefetched, or used since; 0 otherwise
         hits += resident
-        absent += 1 - resident
         awaited += in_flight
         present_ns += (resident - in_flight) * takes
         total_ns += takes
-        first_use = int(expert.unused >= 0)
         expert.unused = NOTHING
-        late += first_use & in_flight
-        useful += first_use & (1 - in_flight)
+        first_uses += 1 + not_first
+        late += in_flight & ~not_first
+    absent = count - hits
     run.late_bytes += late * run.expert_bytes
-    run.useful_bytes += useful * run.expert_bytes
+    run.useful_bytes += (first_uses - late) * run.expert_bytes
     note_judged(run, hits, awaited, absent)
-    if stop > start and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
+    if count and call(run.event_entry, run.eviction_state, hits, absent, pool, run.now) == FAILED:
         _stop(run, BY_EXCEPTION, NOTHING)
     together = run.group_ns * int(hits > awaited)
     run.computed += total_ns + together + (awaited + absent) * arrival_ns
@@ -196,7 +195,7 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
     this = coming(run, 0)
     if this.predicted >= 0:
         run.predicted += this.predicted
-        run.needed_after_prediction += stop - start
+        run.needed_after_prediction += count
         stale = needed = 0
         cells_at = this.cells_at
         for index in range(this.predicted):
@@ -217,23 +216,14 @@ def _judge(run: Any, start: Any, stop: Any, pool: Any) -> Any:
 def _begin_wave(run: Any, awaited: Any, wave: Any, next_wave: Any) -> None:
     """Ask the link for what the wave lacks: what is partly here first, then in routed order."""
     for index in range(awaited):
-        key = place(run, index).awaited
-        run.outstanding += 1
-        if not expert_of(run, key).demand:
-            _promote(run, key)
+        _demand(run, number(run.demands_at, index, INT32))  # where it is put in again
     for index in range(wave, next_wave):
         key = number(run.misses_at, index, INT32)
-        expert = expert_of(run, key)
-        if expert.resident and expert.transfer == NONE:  # a prefetch for the next step brought it during earlier waves
+        if expert_of(run, key).resident and expert_of(run, key).transfer == NONE:
+            # A prefetch for the next step brought it during earlier waves.
             _compute_when_landed(run, run.time, key)
-            continue
-        run.outstanding += 1
-        if expert.transfer != NONE:
-            _promote(run, key)
         else:
-            _prepare(run, key, run.now, False, True)
-            place(run, run.demands).demand = key
-            run.demands += 1
+            _demand(run, key)
 
 
 @njit(forceinline=True)
@@ -252,21 +242,21 @@ def _let_last_be_quick(run: Any) -> None:
 @njit(forceinline=True)
 def _hold_wave(run: Any, hits: Any, wave: Any, next_wave: Any) -> None:
     """Hold only what one of several waves needs."""
-    run.held = hits + next_wave - wave
+    run.held, run.held_at = hits + next_wave - wave, run.wave_at
     for index in range(hits):
-        place(run, index).held = number(run.hits_at, index, INT32)
+        put(run.wave_at, index, number(run.hits_at, index, INT32), INT32)
     for index in range(wave, next_wave):
         key = number(run.misses_at, index, INT32)
-        place(run, hits + index - wave).held = key
+        put(run.wave_at, hits + index - wave, key, INT32)
         put(run.holds_at, key, HELD, INT8)
 
 
 @njit(forceinline=True)
 def _release(run: Any) -> None:
     """Let go of what the event, or its last wave, holds."""
-    holds_at, places_at = run.holds_at, run.places_at
+    holds_at, held_at = run.holds_at, run.held_at
     for index in range(run.held):
-        put(holds_at, record(places_at, index, PLACE).held, FREE, INT8)
+        put(holds_at, number(held_at, index, INT32), FREE, INT8)
 
 
 @njit(forceinline=True)
@@ -275,14 +265,14 @@ def _compute_when_landed(run: Any, landed: Any, key: Any) -> None:
     if landed > run.compute:
         run.waited += landed - run.compute
         run.compute = landed
-    run.compute += place(run, key - run.first_key).takes
+    run.compute += number(run.takes_at, key - run.first_key, INT64)
 
 
 @njit(forceinline=True)
 def _drop_stale_prefetches(run: Any) -> None:
     """Take out of the queue what was predicted for this event and is not needed."""
-    key = run.oldest
-    while key != NOTHING:
+    key = _oldest(run)
+    while key != run.keys:
         expert, transfer = expert_of(run, key), transfer_of(run, key)
         newer = transfer.newer
         if transfer.target <= run.now and not expert.refresh and expert.needed != run.now:
@@ -318,10 +308,12 @@ def _end_event(run: Any) -> None:
 def _predict(run: Any) -> None:
     """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
     step = step_of(run)
-    put(run.seen_at, 0, run.now, INT64)
-    put(run.seen_at, 1, run.layer, INT64)
-    put(run.seen_at, 2, step.first_row, INT64)
-    put(run.seen_at, 3, step.last_row, INT64)
+    seen_at = run.seen_at
+    put(seen_at, 0, run.now, INT64)
+    put(seen_at, 1, run.layer, INT64)
+    put(seen_at, 2, step.first_row, INT64)
+    put(seen_at, 3, step.last_row, INT64)
+    put(seen_at, 4, step.first_float, INT64)
     tokens = step.last_row - step.first_row
     if run.observe_entry and call(run.observe_entry, run.predictor_state, 0, 0, 0, 0) == FAILED:
         _stop(run, BY_EXCEPTION, NOTHING)
@@ -347,11 +339,11 @@ def _predict(run: Any) -> None:
         event = coming(run, ahead)
         event.first_key = first_key
         predicted = max(event.predicted, 0)
-        cells_at, experts_at, places_at, ids_at = event.cells_at, run.experts_at, run.places_at, run.ids_at
-        wanted = 0
+        cells_at, experts_at, wanted_at, ids_at = event.cells_at, run.experts_at, run.wanted_at, run.ids_at
+        wanted, experts = 0, run.experts
         for index in range(taken):
             chosen = number(ids_at, index, INT64)
-            if chosen < 0 or chosen >= run.experts:
+            if chosen < 0 or chosen >= experts:
                 _stop(run, BY_PREDICTION, chosen)
                 return
             entry = record(cells_at, chosen, CELL)
@@ -361,10 +353,10 @@ def _predict(run: Any) -> None:
                 predicted += 1
             key = first_key + chosen
             expert = record(experts_at, key, EXPERT)
-            record(places_at, wanted, PLACE).wanted = key
+            put(wanted_at, wanted, key, INT32)
             wanted += int((int(expert.resident) | expert.transfer) == NONE)
         for index in range(wanted):
-            key = record(places_at, index, PLACE).wanted
+            key = number(wanted_at, index, INT32)
             if expert_of(run, key).transfer == NONE:  # the predictor may have named it twice
                 _queue(run, key, run.now + ahead, False)
         event.predicted = predicted
@@ -373,80 +365,94 @@ def _predict(run: Any) -> None:
 # ---- slots -------------------------------------------------------------------------------------------------------
 
 
+@njit(forceinline=True)
+def _admit_demands(run: Any, first: Any) -> Any:
+    """Let the eviction policy give slots to the waiting demands from number `first` on; return how far it came.
+
+    Where nobody may leave, a paused prefetch gives its slot back.
+    """
+    pool = expert_of(run, run.first_key).pool
+    put(run.room_at, 1, HELD, INT64)
+    while not run.broken:
+        put(run.room_at, 0, pool_of(run, pool).capacity - pool_of(run, pool).taken, INT64)
+        reached = call(run.admit_entry, run.eviction_state, first, run.demands, pool, run.now)
+        if reached > first:
+            return reached
+        if reached < 0:
+            _stop_admitting(run, reached)
+            return first
+        paused = _oldest(run)
+        while paused != run.keys and (expert_of(run, paused).transfer != STARTED or expert_of(run, paused).pool != pool):
+            paused = transfer_of(run, paused).newer
+        if paused == run.keys:
+            _stop(run, BY_HOLDING, NOTHING)
+        else:
+            _unqueue(run, paused)
+            _give_up(run, paused)
+    return first
+
+
+@njit(forceinline=True)
+def _admit_prefetch(run: Any, key: Any) -> Any:
+    """Let the eviction policy give a prefetch a slot that is free, or that of an expert that nothing needs."""
+    if run.time >= run.release_ns:
+        _end_event(run)
+    pool = expert_of(run, key).pool
+    put(run.room_at, 0, pool_of(run, pool).capacity - pool_of(run, pool).taken, INT64)
+    put(run.room_at, 1, AWAITED, INT64)
+    put(run.demands_at, 0, key, INT32)
+    reached = call(run.admit_entry, run.eviction_state, 0, 1, pool, run.now)
+    if reached < 0:
+        _stop_admitting(run, reached)
+    return reached == 1
+
+
 @njit
-def _start_transfer(run: Any, key: Any, ns: Any) -> Any:
-    """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
-    expert = expert_of(run, key)
+def _stop_admitting(run: Any, reached: Any) -> None:
+    """Stop the run because of what the eviction policy did."""
+    if reached == FAILED:
+        _stop(run, BY_EXCEPTION, NOTHING)
+    else:
+        _stop(run, BY_VICTIM, number(run.room_at, 0, INT64))
+
+
+@njit(forceinline=True)
+def _count_taken(run: Any, pool: Any, more: Any) -> None:
+    """Count slots of a pool that are no longer free."""
+    pool_of(run, pool).taken += more
+    run.taken += more
+    run.peak_slots = max(run.peak_slots, run.taken)
+
+
+@njit
+def _start_prefetch(run: Any, key: Any) -> Any:
+    """Reserve the slot of a prefetch that is about to start; one that finds none is given up."""
+    expert, ns = expert_of(run, key), run.time
     if expert.refresh:
         put(run.holds_at, key, HELD, INT8)
         note(run, ns, REFRESH, key)
         return True
-    if not _take_slot(run, key, ns):
+    if not _admit_prefetch(run, key):
         run.cancelled += 1
         expert.transfer = NONE
         note(run, ns, CANCEL, key)
         return False
-    put(run.holds_at, key, HELD, INT8)
-    expert.resident = True
-    pool_of(run, expert.pool).taken += 1
-    run.taken += 1
-    run.peak_slots = max(run.peak_slots, run.taken)
-    if expert.demand:
-        run.demand_bytes += run.expert_bytes
-        note(run, ns, LOADS, key)
+    leaving = number(run.left_at, 0, INT32)
+    if leaving == NOBODY:
+        _count_taken(run, expert.pool, 1)
     else:
-        run.prefetches += 1
-        expert.unused = target = transfer_of(run, key).target
-        event = coming(run, target - run.now)
-        expected = cell(event, key - event.first_key)
-        if not expected.listed:
-            expected.listed = True
-            cell(event, event.prefetched).prefetched = key
-            event.prefetched += 1
-        note(run, ns, PREFETCHES, key)
-    return True
-
-
-@njit(forceinline=True)
-def _take_slot(run: Any, key: Any, ns: Any) -> Any:
-    """Find a slot for `key`: a free one, or that of an expert that nothing needs; for a demand also one that was prefetched
-    for a coming event, or that of a paused prefetch."""
-    if run.time >= run.release_ns:
-        _end_event(run)
-    pool = expert_of(run, key).pool
-    limit = ROOM if pool_of(run, pool).taken < pool_of(run, pool).capacity else AWAITED
-    leaving = call(run.admit_entry, run.eviction_state, key, pool, limit, run.now)
-    if leaving == REFUSED and expert_of(run, key).demand:
-        limit = HELD
-        leaving = call(run.admit_entry, run.eviction_state, key, pool, limit, run.now)
-        if leaving == REFUSED:
-            paused = run.oldest
-            while paused != NOTHING and not (
-                expert_of(run, paused).transfer == STARTED and expert_of(run, paused).pool == pool
-            ):
-                paused = transfer_of(run, paused).newer
-            if paused == NOTHING:
-                _stop(run, BY_HOLDING, NOTHING)
-                return True
-            _unqueue(run, paused)
-            _give_up(run, paused)
-            limit = ROOM
-            leaving = call(run.admit_entry, run.eviction_state, key, pool, limit, run.now)
-    if leaving == REFUSED:
-        return False
-    if leaving == FAILED:
-        _stop(run, BY_EXCEPTION, NOTHING)
-    elif limit != ROOM:
-        if (
-            leaving < 0
-            or leaving >= run.keys
-            or expert_of(run, leaving).pool != pool
-            or not expert_of(run, leaving).resident
-            or number(run.holds_at, leaving, INT8) >= limit
-        ):
-            _stop(run, BY_VICTIM, leaving)
-        else:
-            _forget(run, leaving, ns)
+        _forget(run, leaving, expert.pool, ns)
+    expert.resident = True
+    put(run.holds_at, key, HELD, INT8)
+    run.prefetches += 1
+    expert.unused = target = transfer_of(run, key).target
+    event = coming(run, target - run.now)
+    expected = cell(event, key - event.first_key)
+    if not expected.listed:
+        expected.listed = True
+        cell(event, event.prefetched).prefetched = key
+        event.prefetched += 1
+    note(run, ns, PREFETCHES, key)
     return True
 
 
@@ -455,21 +461,22 @@ def _evict(run: Any, key: Any, ns: Any) -> None:
     """Take a slot away for another reason than to make room."""
     if call(run.evicted_entry, run.eviction_state, key, expert_of(run, key).pool, run.now, 0) == FAILED:
         _stop(run, BY_EXCEPTION, NOTHING)
-    _forget(run, key, ns)
+    _count_taken(run, expert_of(run, key).pool, -1)
+    put(run.holds_at, key, HELD, INT8)
+    _forget(run, key, expert_of(run, key).pool, ns)
 
 
 @njit(forceinline=True)
-def _forget(run: Any, key: Any, ns: Any) -> None:
+def _forget(run: Any, key: Any, pool: Any, ns: Any) -> None:
     """Note a lost slot: a prefetch that was never used turns out wasted, a queued renewal is not needed."""
     expert = expert_of(run, key)
     expert.resident = False
-    pool_of(run, expert.pool).taken -= 1
-    run.taken -= 1
-    if expert.unused >= 0:
-        expert.unused = NOTHING
-        run.wasted_bytes += run.expert_bytes
+    if expert.pool != pool:
+        _stop(run, BY_VICTIM, key)
+    run.wasted_bytes += int(expert.unused >= 0) * run.expert_bytes
+    expert.unused = NOTHING
     if expert.transfer != NONE:
-        expert.transfer = NONE
+        _end_transfer(run, key)
         _unqueue(run, key)
     note(run, ns, EVICT, key)
 
@@ -478,14 +485,14 @@ def _forget(run: Any, key: Any, ns: Any) -> None:
 def _give_up(run: Any, key: Any) -> None:
     """Drop a transfer that nobody waits for; a paused one gives its slot back and has moved bytes for nothing."""
     expert = expert_of(run, key)
-    started = expert.transfer == STARTED
-    expert.transfer = NONE
+    started, refresh = expert.transfer == STARTED, expert.refresh
+    moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
+    _end_transfer(run, key)
     run.cancelled += 1
     note(run, run.time, CANCEL, key)
     if started:
         expert.unused = NOTHING
-        moved = (run.chunks - transfer_of(run, key).chunks_left) * run.chunk_bytes
-        if expert.refresh:
+        if refresh:
             run.refresh_bytes += moved
         else:
             run.wasted_bytes += moved
@@ -525,23 +532,37 @@ def _let_link_act(run: Any, until: Any) -> None:
 def _serve_demands(run: Any) -> None:
     """Serve the waiting demands as one train: nothing interrupts it, and the host waits for its end."""
     ns, compute, waited, start_ns = run.time, run.compute, run.waited, _start_ns(run)
-    places_at, experts_at, first_key = run.places_at, run.experts_at, run.first_key
-    demand_ns_at = run.demand_ns_at
+    experts_at, demands_at, left_at, demand_ns_at = run.experts_at, run.demands_at, run.left_at, run.demand_ns_at
+    landed_at, takes_at = run.landed_at, run.takes_at - run.first_key * 8
+    admitted = loads = 0
     for index in range(run.demands):
-        demand = record(places_at, index, PLACE)
-        key = demand.demand
+        if index == admitted:
+            admitted = _admit_demands(run, index)
+            if run.broken:
+                return
+        key = number(demands_at, index, INT32)
         expert = record(experts_at, key, EXPERT)
-        if expert.transfer != STARTED:
-            _start_transfer(run, key, ns)
-        ns += start_ns + number(demand_ns_at, transfer_of(run, key).chunks_left, INT64)
-        start_ns = 0
-        expert.transfer = NONE
-        if expert.refresh:
+        if expert.transfer != STARTED and not expert.refresh:
+            leaving = number(left_at, index, INT32)
+            if leaving == NOBODY:
+                _count_taken(run, expert.pool, 1)
+            else:
+                _forget(run, leaving, expert.pool, ns)
+            expert.resident = True
+            loads += 1
+            note(run, ns, LOADS, key)
+        elif expert.refresh:
             run.refresh_bytes += run.expert_bytes
+            if expert.transfer != STARTED:
+                note(run, ns, REFRESH, key)
+        ns += start_ns + number(demand_ns_at, transfer_of(run, key).chunks_left, INT64)
+        _end_transfer(run, key)
+        start_ns = 0
         waited += max(ns - compute, 0)
-        compute = max(ns, compute) + record(places_at, key - first_key, PLACE).takes
-        demand.landed_ns = ns
+        compute = max(ns, compute) + number(takes_at, key, INT64)
+        put(landed_at, index, ns, INT64)
     run.compute, run.waited = compute, waited
+    run.demand_bytes += loads * run.expert_bytes
     note_train(run)
     run.outstanding -= run.demands
     run.demands = 0
@@ -552,11 +573,11 @@ def _serve_demands(run: Any) -> None:
 @njit(forceinline=True)
 def _serve_prefetch(run: Any) -> None:
     """Start the first prefetch that gets a slot."""
-    while run.oldest != NOTHING and not run.broken:
-        key = run.oldest
+    while _oldest(run) != run.keys and not run.broken:
+        key = _oldest(run)
         expert = expert_of(run, key)
         _unqueue(run, key)
-        if expert.transfer == STARTED or _start_transfer(run, key, run.time):
+        if expert.transfer == STARTED or _start_prefetch(run, key):
             expert.transfer = STARTED
             run.moving = key
             run.alarm = END
@@ -601,13 +622,7 @@ def _give_way(run: Any) -> None:
     transfer.chunks_left -= chunks
     run.moving = NOTHING
     if expert.refresh or transfer.target > run.now:
-        transfer.older = NOTHING
-        transfer.newer = run.oldest
-        if run.oldest == NOTHING:
-            run.newest = key
-        else:
-            transfer_of(run, run.oldest).older = key
-        run.oldest = key
+        _link(run, key, run.keys, _oldest(run))
     else:
         _give_up(run, key)
 
@@ -616,67 +631,81 @@ def _give_way(run: Any) -> None:
 def _land(run: Any, key: Any, ns: Any) -> None:
     """Make an expert usable, and note it where the event waits for it."""
     expert = expert_of(run, key)
-    expert.transfer = NONE
+    refresh = expert.refresh
+    _end_transfer(run, key)
     note(run, ns, LANDED, key)
-    if expert.refresh:
+    if refresh:
         run.refresh_bytes += run.expert_bytes
     if expert.demand:
         _compute_when_landed(run, ns, key)
         run.outstanding -= 1
-    elif expert.refresh or transfer_of(run, key).target <= run.now:
+    elif refresh or transfer_of(run, key).target <= run.now:
         put(run.holds_at, key, FREE, INT8)
-        if run.drop_unused_prefetches and not expert.refresh:
+        if run.drop_unused_prefetches and not refresh:
             _evict(run, key, ns)
     else:
         put(run.holds_at, key, AWAITED, INT8)
 
 
 @njit(forceinline=True)
-def _promote(run: Any, key: Any) -> None:
-    """Turn a prefetch, queued or on the link, into a demand; what has moved is kept."""
-    expert_of(run, key).demand = True
-    if key != run.moving:
-        _unqueue(run, key)
-        place(run, run.demands).demand = key
-        run.demands += 1
+def _demand(run: Any, key: Any) -> None:
+    """Let the running event wait for an expert: a prefetch that is queued or on the link becomes a demand, from where it is.
 
-
-@njit(forceinline=True)
-def _prepare(run: Any, key: Any, target: Any, refresh: Any, demand: Any) -> None:
-    """Make a transfer of an expert that has none."""
-    expert, transfer = expert_of(run, key), transfer_of(run, key)
-    expert.transfer = QUEUED
-    expert.refresh = refresh
-    expert.demand = demand
-    transfer.target = target
-    transfer.chunks_left = run.chunks
+    Nobody foresees whether there is one, so nothing here is a branch.
+    """
+    expert = expert_of(run, key)
+    expert.transfer |= QUEUED
+    expert.demand = True
+    _unqueue(run, key)
+    put(run.demands_at, run.demands, key, INT32)
+    run.demands += int(key != run.moving)
+    run.outstanding += 1
 
 
 @njit(forceinline=True)
 def _queue(run: Any, key: Any, target: Any, refresh: Any) -> None:
-    """Put a new transfer at the end of the queue of prefetches."""
-    _prepare(run, key, target, refresh, False)
-    transfer_of(run, key).older = run.newest
-    transfer_of(run, key).newer = NOTHING
-    if run.newest == NOTHING:
-        run.oldest = key
-    else:
-        transfer_of(run, run.newest).newer = key
-    run.newest = key
+    """Make a transfer of an expert that has none, and put it at the end of the queue of prefetches."""
+    expert, transfer = expert_of(run, key), transfer_of(run, key)
+    expert.transfer = QUEUED
+    expert.refresh = refresh
+    expert.demand = False
+    transfer.target = target
+    _link(run, key, transfer_of(run, run.keys).older, run.keys)
+
+
+@njit(forceinline=True)
+def _end_transfer(run: Any, key: Any) -> None:
+    """Forget the transfer of an expert, so that its record is ready for the next one."""
+    expert = expert_of(run, key)
+    expert.transfer = NONE
+    expert.refresh = False
+    transfer_of(run, key).chunks_left = run.chunks
+
+
+@njit(forceinline=True)
+def _oldest(run: Any) -> Any:
+    """Return the first of the queue of prefetches: ``run.keys``, which stands for both of its ends, if it is empty."""
+    return transfer_of(run, run.keys).newer
+
+
+@njit(forceinline=True)
+def _link(run: Any, key: Any, older: Any, newer: Any) -> None:
+    """Put a transfer into the queue of prefetches, between two others or its ends."""
+    transfers_at = run.transfers_at
+    transfer = record(transfers_at, key, TRANSFER)
+    transfer.older, transfer.newer = older, newer
+    record(transfers_at, older, TRANSFER).newer = record(transfers_at, newer, TRANSFER).older = key
 
 
 @njit(forceinline=True)
 def _unqueue(run: Any, key: Any) -> None:
-    """Take a transfer out of the queue of prefetches."""
-    older, newer = transfer_of(run, key).older, transfer_of(run, key).newer
-    if older == NOTHING:
-        run.oldest = newer
-    else:
-        transfer_of(run, older).newer = newer
-    if newer == NOTHING:
-        run.newest = older
-    else:
-        transfer_of(run, newer).older = older
+    """Take a transfer out of the queue of prefetches; one that is in no queue is linked to itself and stays so."""
+    transfers_at = run.transfers_at
+    transfer = record(transfers_at, key, TRANSFER)
+    older, newer = transfer.older, transfer.newer
+    record(transfers_at, older, TRANSFER).newer = newer
+    record(transfers_at, newer, TRANSFER).older = older
+    transfer.older = transfer.newer = key
 
 
 @njit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sim.fast.native import overloaded
-from sim.fast.state import INT32, LOG, NONE, expert_of, number, place, record
+from sim.fast.state import INT32, INT64, LOG, NONE, expert_of, number, record
 
 EVENTS = ("hit", "late_hit", "miss", "load", "prefetch", "refresh", "landed", "cancel", "evict", "end")
 """Names of what is logged, by number."""
@@ -57,11 +57,11 @@ def _note_judged(run: Any, hits: Any, awaited: Any, absent: Any) -> None:
         if expert_of(run, key).transfer == NONE:
             note(run, run.time, HIT, key)
     for index in range(awaited):
-        note(run, run.time, LATE_HIT, place(run, index).awaited)
+        note(run, run.time, LATE_HIT, number(run.demands_at, index, INT32))
     for index in range(absent):
         note(run, run.time, MISS, number(run.misses_at, index, INT32))
 
 
 def _note_train(run: Any) -> None:
     for index in range(run.demands):
-        note(run, place(run, index).landed_ns, LANDED, place(run, index).demand)
+        note(run, number(run.landed_at, index, INT64), LANDED, number(run.demands_at, index, INT32))

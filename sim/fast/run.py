@@ -11,19 +11,19 @@ from policies.contract import NEVER
 from policies.residency import ContractError, no_prediction, no_victim
 from policies.system import System
 from sim.costs import Costs, demand_times
-from sim.events import make_events
 from sim.fast import kernel
-from sim.fast.hooks import PLACES, Hooks, Observed, make_told
+from sim.fast.hooks import PLACES, Hooks, make_told
 from sim.fast.kernel import NOTHING, run_part
 from sim.fast.log import EVENTS
 from sim.fast.native import compiled
-from sim.fast.state import CELL, COMING, EXPERT, LOG, LOGGED_RUN, PLACE, POOL, RUN, STEP, TRANSFER
-from sim.fast.unions import widen_halves
+from sim.fast.observed import make_floats, make_observed, show_floats
+from sim.fast.state import CELL, COMING, EXPERT, LOG, LOGGED_RUN, POOL, RUN, STEP, TRANSFER
+from sim.fast.unions import unions
 from sim.result import KINDS, Run, StepTimes
 from sim.workload import Workload
 
-PART = 1 << 16
-"""Routed tokens times layers of one part of a run: what is copied of a trace at a time."""
+PART = 1 << 14
+"""Routed tokens times layers of one part of a run: of how many the events are found at a time."""
 
 LOG_ROOM = 1 << 16
 """Log entries that are kept in the loop's own form."""
@@ -58,20 +58,28 @@ class _FastRun:
     ) -> None:
         self.system, self.workload, self.costs, self.log = system, workload, costs, log
         self.steps = make_steps(workload, costs)
-        self.tables = make_tables(system, logging=log is not None)
-        self.told = make_told(system.setting, self.tables["experts_at"]["resident"])
+        self.tables = make_tables(system, costs, logging=log is not None)
+        self.told = make_told(system.setting, self.tables["experts_at"])
         self.hooks = Hooks(system, self.told, interpret=interpret)
         self.run = make_run(system, costs, events=len(self.steps) * system.setting.layers, logging=log is not None)
         if log is not None:
             self.run["log_room"] = len(self.tables["log_at"])
         self._point_to(self.tables)
-        self._point_to({f"{name}_at": getattr(self.told, name) for name in ("holds", "hits", "misses", "seen", "ids")})
+        self._point_to({f"{name}_at": getattr(self.told, name) for name in self.told._fields})
         self._point_to({"expert_ns_at": costs.expert_ns, "demand_ns_at": np.array(demand_times(costs), np.int64)})
-        self._buffers: dict[str, Any] = {}
+        self._events: Any = None
+        self.parts = list(self._parts())
+        most = max((int(workload.offsets[last] - workload.offsets[first]) for first, last in self.parts), default=0)
+        self.floats = make_floats(workload.trace, system.composition.needs, most) if system.prefetch.depth else {}
+        self.in_place = rows_follow_in_steps(workload)
+        if self.in_place:
+            self.steps["first_row"] = workload.rows[workload.offsets[:-1]]
+            self.steps["last_row"] = self.steps["first_row"] + np.diff(workload.offsets)
+            self._show(slice(None))
 
     def result(self) -> Run:
         """Run all parts and gather the counters; prefetches that nothing used by the end were wasted."""
-        for first, last in self._parts():
+        for first, last in self.parts:
             self._run_part(first, last)
         run = {name: int(self.run[name][0]) for name in RUN.names or ()}
         run["wasted_bytes"] += int((self.tables["experts_at"]["unused"] >= 0).sum()) * self.costs.expert_bytes
@@ -91,41 +99,44 @@ class _FastRun:
         )
 
     def _parts(self) -> Iterator[tuple[int, int]]:
-        """Give first and last step of every part: up to PART, or as far as its rows follow one another in the trace."""
+        """Give first and last step of every part: up to PART."""
         offsets, steps = self.workload.offsets, len(self.steps)
         most = max(PART // self.system.setting.layers, 1)
-        jumps = np.flatnonzero(np.diff(self.workload.rows) != 1) + 1
         first = 0
         while first < steps:
             last = int(np.searchsorted(offsets, offsets[first] + most, side="right")) - 1
-            jump = np.searchsorted(jumps, offsets[first], side="right")
-            until = int(np.searchsorted(offsets, jumps[jump])) if jump < len(jumps) else steps
-            if offsets[min(until, steps)] - offsets[first] > most // 8:  # else copying costs less than many small parts
-                last = min(last, until)
             last = min(max(last, first + 1), steps)
             yield first, last
             first = last
 
     def _run_part(self, first: int, last: int) -> None:
         """Give the loop the steps `first` to `last`, as often as its log fills up."""
-        setting, offsets = self.system.setting, self.workload.offsets[first : last + 1]
-        rows = _as_slice(self.workload.rows[offsets[0] : offsets[-1]])
-        offsets = offsets - offsets[0]
-        events = make_events(self.workload.trace.experts[rows], offsets, setting.experts)
-        if self.system.prefetch.depth:
-            self.hooks.observe(self._observed(rows))
-        steps = self.steps[first:last]
-        steps["first_row"], steps["last_row"] = offsets[:-1], offsets[1:]
-        self._point_to({"steps_at": steps})
-        self._point_to({f"{name}_at": getattr(events, name) for name in ("offsets", "keys", "tokens")})
-        self.run["first_event"], self.run["first_step"] = first * setting.layers, first
-        for name, address in zip(PLACES, self.hooks.table, strict=True):
-            self.run[name] = address
+        layers, steps, offsets = self.system.setting.layers, self.steps[first:last], self.workload.offsets[first : last + 1]
+        rows = self.workload.rows[offsets[0] : offsets[-1]]
+        steps["first_float"] = offsets[:-1] - offsets[0]
+        show_floats(self.workload.trace, rows, self.floats)
+        if not self.in_place:
+            steps["first_row"], steps["last_row"] = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
+            self._show(rows)
+        step_rows = steps["first_row"].copy(), steps["last_row"].copy()
+        events = compiled(unions)(self.experts, *step_rows, self.system.setting.experts)
+        self._before, self._events = self._events, events  # the last event of the part before still holds its experts
+        self._point_to({"steps_at": steps, **dict(zip(("offsets_at", "keys_at", "tokens_at"), events, strict=True))})
+        self.run["first_event"], self.run["first_step"] = first * layers, first
         loop = compiled(run_part)
-        while loop(self.run, last * setting.layers) < last * setting.layers and not self.run["broken"][0]:
+        while loop(self.run, last * layers) < last * layers and not self.run["broken"][0]:
             self._keep_log()
         self._keep_log()
         self._check()
+
+    def _show(self, rows: Any) -> None:
+        """Let the loop and the predictor see some rows of the trace, from which the rows of steps then count."""
+        trace = self.workload.trace
+        self.experts = np.ascontiguousarray(trace.experts[rows])
+        if self.system.prefetch.depth:
+            self.hooks.observe(make_observed(trace, rows, self.system.composition.needs, self.floats))
+        for name, address in zip(PLACES, self.hooks.table, strict=True):
+            self.run[name] = address
 
     def _point_to(self, arrays: dict[str, Any]) -> None:
         """Write the addresses of `arrays`, by field, into the record of the run, and keep them alive."""
@@ -135,29 +146,6 @@ class _FastRun:
             assert array.flags.c_contiguous, name
             self.run[name] = array.ctypes.data
         self._alive = {**getattr(self, "_alive", {}), **arrays}
-
-    def _observed(self, rows: Any) -> Observed:
-        """Return what predictors see of some rows of the trace."""
-        trace: Any = self.workload.trace
-        needs = self.system.composition.needs
-        layers = self.system.setting.layers
-        ranked, values = np.zeros((0, layers, 0, 0), np.int8), np.zeros((0, layers, 0), np.float32)
-        return Observed(
-            experts=trace.experts[rows],
-            weights=self._wide("weights", trace.weights[rows]) if "weights" in needs else values,
-            request=trace.request[rows].astype(np.int64),
-            lookahead_experts=trace.lookahead_experts[rows] if "lookahead" in needs else ranked,
-            lookahead_scores=self._wide("scores", trace.lookahead_scores[rows] if "lookahead" in needs else ranked),
-            router_logits=self._wide("logits", trace.router_logits[rows]) if "logits" in needs else values,
-        )
-
-    def _wide(self, name: str, values: Any) -> Any:
-        """Return `values` as float32 in memory that the next part uses again."""
-        if values.size > self._buffers.get(name, np.zeros(0)).size:
-            self._buffers[name] = np.empty(values.size, np.float32)
-        wide = self._buffers[name][: values.size] if values.size else np.zeros(0, np.float32)
-        widen(values, wide)
-        return wide.reshape(values.shape)
 
     def _keep_log(self) -> None:
         """Move what the loop logged to the caller's list."""
@@ -200,19 +188,22 @@ def make_run(system: System, costs: Costs, events: int, logging: bool) -> Any:
         "drop_unused_prefetches": composition.drop_unused_prefetches,
         "reupload_after_use": composition.reupload_after_use,
         "release_ns": NEVER,
-        **dict.fromkeys(("now", "row", "moving", "alarm_ns", "oldest", "newest"), NOTHING),
+        **dict.fromkeys(("now", "row", "moving", "alarm_ns"), NOTHING),
     }
     for name, value in values.items():
         run[name] = value
     return run
 
 
-def make_tables(system: System, logging: bool) -> dict[str, Any]:
+def make_tables(system: System, costs: Costs, logging: bool) -> dict[str, Any]:
     """Return the tables of a run, by the field of `RUN` that points to each."""
     setting, rows = system.setting, system.prefetch.depth + 1
     experts = np.zeros(setting.keys, EXPERT)
     experts["unused"] = experts["needed"] = NOTHING
     experts["pool"] = np.repeat(setting.pool_of, setting.experts)
+    transfers = np.zeros(setting.keys + 1, TRANSFER)
+    transfers["chunks_left"] = costs.chunks
+    transfers["older"] = transfers["newer"] = np.arange(setting.keys + 1)
     pools = np.zeros(setting.pools, POOL)
     pools["capacity"] = setting.capacity
     coming = np.zeros(rows, COMING)
@@ -222,9 +213,11 @@ def make_tables(system: System, logging: bool) -> dict[str, Any]:
     return {
         "cells": cells,
         "experts_at": experts,
-        "transfers_at": np.zeros(setting.keys, TRANSFER),
+        "transfers_at": transfers,
         "pools_at": pools,
-        "places_at": np.zeros(setting.experts, PLACE),
+        "takes_at": np.zeros(setting.experts, np.int64),  # ns that every expert of the layer takes, in the event
+        "landed_at": np.zeros(setting.experts, np.int64),  # when every demand landed
+        "wanted_at": np.zeros(setting.experts, np.int32),  # keys to be prefetched for the event that is being predicted
         "coming_at": coming,
         "log_at": np.zeros(max(LOG_ROOM, 8 * setting.keys + 4 * setting.experts + 16) if logging else 0, LOG),
     }
@@ -237,16 +230,9 @@ def make_steps(workload: Workload, costs: Costs) -> Any:
     return steps
 
 
-def widen(values: Any, wide: Any) -> None:
-    """Write floats of any width to `wide` (float32, flat); half floats several times faster than NumPy does it."""
-    if values.dtype == np.float16:
-        halves = np.ascontiguousarray(values).view(np.uint16).ravel()
-        compiled(widen_halves)(halves, wide.view(np.uint32), wide)
-    else:
-        wide[:] = values.ravel()
-
-
-def _as_slice(rows: Any) -> Any:
-    """Return consecutive rows as a slice, which copies nothing."""
-    first = int(rows[0])
-    return slice(first, first + len(rows)) if (np.diff(rows) == 1).all() else rows
+def rows_follow_in_steps(workload: Workload) -> bool:
+    """Whether every step's rows follow one another in the trace, so that none needs to be copied."""
+    follows = np.diff(workload.rows) == 1
+    first_rows = workload.offsets[(workload.offsets > 0) & (workload.offsets < len(workload.rows))]
+    follows[first_rows - 1] = True
+    return bool(follows.all())

@@ -27,11 +27,11 @@ RUN = np.dtype(
             *("layers", "experts", "keys", "events", "depth", "drop_unused_prefetches", "reupload_after_use"),
             # clocks; `row` is the running event's in COMING, `first_key` its layer's
             *("time", "host", "compute", "now", "layer", "step", "row", "first_key"),
-            # the running event: when it ends (NEVER before that is known and after it has), how many experts it holds
-            # and waits for
-            *("release_ns", "held", "outstanding"),
-            # link: the expert on it, the alarm that ends its turn, lengths of its lists, ends of the queue of prefetches
-            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "oldest", "newest", "busy_ns"),
+            # the running event: when it ends (NEVER before that is known and after it has), how many experts it holds,
+            # where the list of their keys is, and how many it waits for
+            *("release_ns", "held", "held_at", "outstanding"),
+            # link: the expert on it, the alarm that ends its turn, how many demands wait
+            *("moving", "moving_since", "alarm", "alarm_ns", "demands", "busy_ns"),
             # counters of the run, and of the running step
             *("prefetches", "cancelled", "predicted", "predicted_and_needed", "needed_after_prediction"),
             *("taken", "peak_slots", "demand_bytes", "useful_bytes", "late_bytes", "wasted_bytes", "refresh_bytes"),
@@ -39,9 +39,11 @@ RUN = np.dtype(
             # why the run stopped, and over which number
             *("broken", "broken_by"),
             # addresses: tables of records
-            *("experts_at", "transfers_at", "pools_at", "places_at", "coming_at", "steps_at"),
+            *("experts_at", "transfers_at", "pools_at", "coming_at", "steps_at"),
+            # lists of one event, see sim.fast.run.make_tables
+            *("takes_at", "landed_at", "wanted_at"),
             # arrays that policies see (sim.fast.hooks.Told)
-            *("holds_at", "hits_at", "misses_at", "seen_at", "ids_at"),
+            *("holds_at", "hits_at", "misses_at", "wave_at", "demands_at", "left_at", "room_at", "seen_at", "ids_at"),
             # events of the present part of the trace
             *("first_event", "first_step", "offsets_at", "keys_at", "tokens_at", "expert_ns_at", "demand_ns_at"),
             # entries of the policies and their states (sim.fast.hooks)
@@ -57,15 +59,16 @@ LOGGED_RUN = np.dtype([(name, np.int64) for name in ("logged", "log_room", "log_
 """One run that keeps a log: entries, room for them, and where they are. These stand first, or numba would take it for a RUN
 with something added and warn of that."""
 
-NONE, QUEUED, STARTED = 0, 1, 2
-"""What an expert's transfer is: there is none; it waits for the link; it has moved a chunk, or is about to."""
+NONE, QUEUED, STARTED = 0, 1, 3
+"""What an expert's transfer is: there is none; it waits for the link; it has moved a chunk, or is about to. In bits, so
+that what has started stays so when it is queued, and that `resident` and this say who is in flight."""
 
 EXPERT = np.dtype(
     [
         ("unused", np.int32),  # event that a prefetched expert, not used yet, was fetched for; -1 for others
         ("needed", np.int32),  # last event that needed the expert
         ("pool", np.int16),
-        ("resident", np.bool_),  # holds a slot
+        ("resident", np.int8),  # 1: it holds a slot
         ("transfer", np.int8),  # NONE, QUEUED or STARTED
         ("demand", np.bool_),  # an event waits for the transfer
         ("refresh", np.bool_),  # the transfer renews a resident
@@ -77,29 +80,16 @@ EXPERT = np.dtype(
 TRANSFER = np.dtype(
     [
         ("target", np.int32),  # event that the transfer is for
-        ("older", np.int32),  # neighbours in the queue of prefetches
+        ("older", np.int32),  # neighbours in the queue of prefetches; itself, while it is not in it
         ("newer", np.int32),
-        ("chunks_left", np.int32),
+        ("chunks_left", np.int32),  # all of them, while there is no transfer
     ]
 )
-"""[keys] the transfer of an expert, while there is one: the rest of `sim.link.Transfer`."""
+"""[keys + 1] the transfer of an expert, while there is one: the rest of `sim.link.Transfer`. The last record is both ends of
+the queue, so that nobody who joins or leaves it has to ask whether there are others."""
 
 POOL = np.dtype([("capacity", np.int64), ("taken", np.int64)])
 """[pools]"""
-
-PLACE = np.dtype(
-    [
-        ("takes", np.int64),  # compute time, in the running event, of the expert of this number, ns
-        ("landed_ns", np.int64),
-        ("held", np.int32),
-        ("awaited", np.int32),
-        ("demand", np.int32),
-        ("wanted", np.int32),
-    ],
-    align=True,
-)
-"""[experts] entry i of each list of keys: held by the event, in flight and needed by it, demands (and when each landed),
-and what is to be prefetched for the event that is being predicted."""
 
 COMING = np.dtype([("predicted", np.int64), ("prefetched", np.int64), ("first_key", np.int64), ("cells_at", np.int64)])
 """[depth + 1] of a coming event: experts predicted (-1: no prediction), how many took a slot for it, its layer's first key,
@@ -120,8 +110,9 @@ STEP = np.dtype(
     [
         ("attention_ns", np.int64),
         ("step_ns", np.int64),
-        ("first_row", np.int64),  # of its tokens, among the rows of the part
+        ("first_row", np.int64),  # of its tokens, among the rows that predictors see
         ("last_row", np.int64),  # one after them
+        ("first_float", np.int64),  # of its tokens, among the rows of floats that predictors see
         *((name, np.int64) for name in ("computed", "waited", "host_idle", "hits", "late_hits", "misses")),
     ]
 )
@@ -186,12 +177,6 @@ def transfer_of(run: Any, key: Any) -> Any:
 def pool_of(run: Any, pool: Any) -> Any:
     """Return the record of a pool."""
     return record(run.pools_at, pool, POOL)
-
-
-@njit(forceinline=True)
-def place(run: Any, index: Any) -> Any:
-    """Return entry `index` of all lists of keys."""
-    return record(run.places_at, index, PLACE)
 
 
 @njit(forceinline=True)
