@@ -242,9 +242,12 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         "link.chunk_bytes": Entry(4 << 20, "bytes", "as the executor sends prefetches", tag="assumed"),
         "link.committed_chunks": Entry(1, "chunks", "as the executor sends prefetches", tag="assumed"),
         "host.readout_ns": Entry(
-            round(readout), "ns", f"from a gate's end until residents compute, {of}; the host's decision is part of it"
+            round(readout),
+            "ns",
+            f"from a gate's end until residents compute, the decision included, of {len(residents or readouts)} models in "
+            "the executor, median",
         ),
-        "host.expert_issue_ns": Entry(0, "ns", "part of readout_ns"),
+        "host.expert_issue_ns": Entry(0, "ns", "part of readout_ns", tag="assumed"),
         "host.demand_issue_ns": Entry(
             round(max(0.0, _middle(readouts) - readout)),
             "ns",

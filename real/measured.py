@@ -199,7 +199,7 @@ def read_folder(folder: str | os.PathLike[str]) -> list[MeasuredRun]:
     return [read_measured(path) for path in files]
 
 
-NOT_RUNS = ("summary.json", "hardware.json", "cells.json", "peers.json")
+NOT_RUNS = ("summary.json", "hardware.json", "cells.json", "peers.json", "identity.json")
 """JSON files of other kinds that may lie beside runs."""
 
 

@@ -134,7 +134,7 @@ def _measure(
     model = Model(cells[0].shape, where)
     try:
         runs = []
-        for cell in cells:
+        for cell in (replace(cell, passes=1) for cell in cells):
             measured = run_cell(cell, model)
             run = _as_run(asdict(cell), measured.row, measured.log, driver)
             write_measured(results, run[0])
@@ -214,11 +214,13 @@ def print_reports(out: Console, reports: Sequence[CellReport], hardware: Hardwar
     out.print(table)
     found = summary(reports)
     ranks = ranking(reports)
-    tau = "-" if ranks.tau is None else f"{ranks.tau:.2f}"
-    too_close = f", {ranks.too_close} too close to tell apart" if ranks.too_close else ""
+    tau = "-" if ranks.tau_of_all is None else f"{ranks.tau_of_all:.2f}"
+    apart = "" if ranks.tau is None else f"{ranks.tau:.2f}"
+    too_close = f", {apart} without the {ranks.too_close} too close to tell apart" if ranks.too_close else ""
     out.print(
         f"closed loop: mean error {found['mean_error']:.1%}, worst {found['worst_error']:.1%}; ranking agreement (Kendall "
-        f"tau) {tau} over {ranks.pairs} pairs{too_close}. Errors are (simulated - measured) / measured step.",
+        f"tau) {tau} over {ranks.pairs + ranks.too_close} pairs{too_close}. "
+        "Errors are (simulated - measured) / measured step.",
         highlight=False,
         soft_wrap=True,
     )
@@ -254,7 +256,7 @@ def write_ground_truth(
         write_measured(folder, run)
         save_trace(trace, folder / Path(run.cell["trace"]).name)
     reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
-    found = summary(reports, over_best_peer, of_bound([run for run, _ in runs]))
+    found = {"hardware": hardware.name, **summary(reports, over_best_peer, of_bound([run for run, _ in runs]))}
     write_atomically(folder / "hardware.json", json.dumps(profile, indent=1).encode())
     write_atomically(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False).encode())
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from policies.contract import Ints
 from policies.system import AXES, Composition, System, build_system, find_part
 from real.measured import MeasuredRun
-from real.pricing import JUDGED, Log, by_event, price
+from real.pricing import JUDGED, STARTS, Log, by_event, price
 from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import run_engine
 from sim.hardware import Hardware
@@ -144,6 +144,9 @@ def divergence(executed: Log, simulated: Log, events: int) -> Divergence:
 class Ranking(NamedTuple):
     """How far simulation and measurement order systems alike."""
 
+    tau_of_all: float | None
+    """`tau` over all pairs, those that are too close among them."""
+
     tau: float | None
     """Kendall's tau: 1 where every pair is ordered the same, -1 where every pair is reversed; a tie in the simulation counts
     as neither. None where there is no pair."""
@@ -155,36 +158,48 @@ class Ranking(NamedTuple):
 
 def ranking(reports: Sequence[CellReport]) -> Ranking:
     """Compare the order of simulated and measured TPOT, pair by pair."""
-    pairs = agreeing = too_close = 0
+    pairs = agreeing = too_close = agreeing_of_all = 0
     for one, other in combinations([report for report in reports if report.anchor is None], 2):
         if one.group != other.group:
             continue
         measured = one.measured_tpot_ns - other.measured_tpot_ns
+        agrees = int(np.sign(measured) * np.sign(one.closed_loop.tpot_ns - other.closed_loop.tpot_ns))
+        agreeing_of_all += agrees
         if abs(measured) < one.spread_ns + other.spread_ns:
             too_close += 1
             continue
         pairs += 1
-        agreeing += int(np.sign(measured) * np.sign(one.closed_loop.tpot_ns - other.closed_loop.tpot_ns))
-    return Ranking(agreeing / pairs if pairs else None, pairs, too_close)
+        agreeing += agrees
+    all_pairs = pairs + too_close
+    return Ranking(agreeing_of_all / all_pairs if all_pairs else None, agreeing / pairs if pairs else None, pairs, too_close)
 
 
 def of_bound(runs: Sequence[MeasuredRun]) -> float | None:
-    """Return how near the best system of every shape and number of slots comes to what C and X allow; of these the least.
+    """Return how near the fastest system of a shape and number of slots comes to what C and X allow; the least of all these.
 
-    A step cannot be shorter than C, that of the same shape with all experts resident, nor than X, the link's time for the
-    bytes that were moved. None where no system's C or X is known.
+    A step cannot be shorter than C, that of the same shape with all experts resident, nor than X, the link's time for what
+    was started in the timed steps. None where no system's C or X is known.
     """
     resident = {json.dumps(run.cell["model"]): _tpot(run) for run in runs if run.cell["preload"]}
-    best: dict[tuple[str, int], float] = {}
+    fastest: dict[tuple[str, int], tuple[float, float]] = {}
     for run in runs:
         shape = json.dumps(run.cell["model"])
         if anchor_of(run.cell) or shape not in resident or not run.link_bytes_per_s:
             continue
-        steps = int(run.steps["step"].max()) + 1
-        link_ns = sum(run.bytes_by_kind.values()) / steps / run.link_bytes_per_s * 1e9
+        step_ns = _tpot(run)
+        share = max(resident[shape], _link_ns_per_step(run)) / step_ns
         place = (shape, run.cell["slots"])
-        best[place] = max(best.get(place, 0.0), max(resident[shape], link_ns) / _tpot(run))
-    return min(best.values(), default=None)
+        fastest[place] = min(fastest.get(place, (step_ns, share)), (step_ns, share))
+    return min((share for _, share in fastest.values()), default=None)
+
+
+def _link_ns_per_step(run: MeasuredRun) -> float:
+    """Return the time that the link needs for the experts whose transfer was started in the timed steps, per step."""
+    spec = decoder_spec(run.cell["model"])
+    steps = set(run.timed["step"].tolist())
+    started = sum(what in STARTS and event // spec.layers in steps for _, what, _, event in run.log)
+    assert run.link_bytes_per_s is not None
+    return float(started * spec.expert_bytes["bf16"] / len(steps) / run.link_bytes_per_s * 1e9)
 
 
 def summary(
@@ -209,7 +224,8 @@ def summary(
         ],
         "mean_error": float(np.mean(errors)) if errors else None,
         "worst_error": max(errors, default=None),
-        "kendall_tau": ranks.tau,
+        "kendall_tau": ranks.tau_of_all,
+        "kendall_tau_of_pairs_apart": ranks.tau,
         "pairs": ranks.pairs,
         "pairs_too_close": ranks.too_close,
         "copy_efficiency": min(efficiencies, default=None),

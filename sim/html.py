@@ -203,9 +203,11 @@ def _validity(one: Measured) -> str:
     found = one.summary
     tau = "-" if found["kendall_tau"] is None else f"{found['kendall_tau']:.2f}"
     return (
-        f"Against {len(found['cells'])} runs measured on {one.machine}, the simulated step was wrong by "
+        f"Against {len(found['cells'])} runs measured on {one.machine} and simulated on the profile "
+        f"{found['hardware']}, measured in the same hour, the simulated step was wrong by "
         f"{found['mean_error']:.1%} on average and {found['worst_error']:.1%} at worst; the order of systems agreed with a "
-        f"Kendall's tau of {tau}. Take no smaller difference for one that a GPU would show."
+        f"Kendall's tau of {tau}. Take no smaller difference for one that a GPU would show; other profiles were not "
+        "measured against, and are wrong by more."
     )
 
 

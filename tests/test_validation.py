@@ -105,7 +105,7 @@ def test_anchors_come_first_and_are_not_ranked():
     ]
     reports = in_order([compare_cell(measured_on(MACHINE, cell), TRACE, MACHINE) for cell in cells])
     assert [report.anchor for report in reports] == ["all resident", "all missing", "perfect prefetch", None]
-    assert ranking(reports) == (None, 0, 0)
+    assert ranking(reports) == (None, None, 0, 0)
     assert anchor_of(cell_of()) is None
 
 
@@ -133,21 +133,22 @@ def test_systems_that_the_measurement_cannot_tell_apart_are_not_ranked():
         loop = report.closed_loop._replace(tpot_ns=simulated)
         return report._replace(measured_tpot_ns=measured, spread_ns=half, closed_loop=loop)
 
-    assert ranking([spread(14, 3, 12), spread(20, 6, 11), spread(40, 1, 33)]) == (1, 2, 1)
+    assert ranking([spread(14, 3, 12), spread(20, 6, 11), spread(40, 1, 33)]) == (pytest.approx(1 / 3), 1, 2, 1)
 
 
 def test_the_bound_is_the_longer_of_the_resident_step_and_the_link():
-    """Resident 100 ns; of the two others in 10 slots one is at 100 of 200, the other's link needs 150 of 300 ns."""
+    """Resident 100 ns. Of two systems in 10 slots the faster counts; its link needs 192 ns for one expert a step."""
     cells = [cell_of("resident", slots=24, preload=True), cell_of("one"), cell_of("other")]
     runs = [measured_on(MACHINE, cell) for cell in cells]
-    steps = int(runs[0].steps["step"].max()) + 1
 
-    def timed(run, ns, moved):
-        by_kind = {**dict.fromkeys(run.bytes_by_kind, 0), "demand": moved}
-        return run._replace(steps=run.steps.assign(total_ns=ns), bytes_by_kind=by_kind, link_bytes_per_s=1e9)
+    def timed(run, ns, loads):
+        steps = run.timed["step"].tolist()
+        log = [(0, "load", 1, step * LAYERS) for step in steps for _ in range(loads)] + [(0, "load", 2, 0)] * 50
+        return run._replace(steps=run.steps.assign(total_ns=ns), log=log, link_bytes_per_s=1e9)
 
     resident = timed(runs[0], 100, 0)
-    assert of_bound([resident, timed(runs[1], 200, 0), timed(runs[2], 300, 150 * steps)]) == 0.5
+    assert of_bound([resident, timed(runs[1], 400, 1), timed(runs[2], 500, 2)]) == 192 / 400
+    assert of_bound([resident, timed(runs[1], 400, 0)]) == 100 / 400
     assert of_bound([timed(runs[1], 200, 0)]) is None
 
 
