@@ -111,7 +111,7 @@ def test_synthetic_routing_is_said_before_all_else(tmp_path):
     said = caveats(Selected(read(rows, tmp_path), 2), MEASURED)
     assert said[0].startswith("SYNTHETIC ROUTING: trace qwen3-30b-a3b_mixed was generated")
     assert "Against 1 runs measured on a_gpu and simulated on the profile h100_executor, measured" in said[1]
-        assert "the simulated step was wrong by 50.0% on average" in said[1]
+    assert "the simulated step was wrong by 50.0% on average" in said[1]
     assert said[2].startswith("Hardware h100_pcie5: 5 measured, 1 datasheet, 6 assumed; assumed: link.chunk_bytes")
     assert said[3:] == [
         "The routing is that of qwen3-30b-a3b; bytes and compute are those of another.",
