@@ -54,7 +54,7 @@ def main() -> None:
 
 def measure(folder: Path, repeats: int, scale: int) -> dict[str, Any]:
     """Return all figures; `scale` divides the sizes."""
-    standard = generate(folder / "standard.safetensors", tokens=8000 // scale)
+    standard = generate(folder / "standard.safetensors", tokens=32_000 // scale)
     found: dict[str, Any] = {"machine": machine(), "repeats": repeats}
     say("the standard loop, both engines in turn")
     found |= engines(standard, repeats)
