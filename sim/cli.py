@@ -161,10 +161,13 @@ def _simulate(words: list[str]) -> int:
     if overrides is None:
         return 0
     config = compose_config("simulate", overrides, config_dir)
+    if config["timeline"] is not None:
+        from sim.timeline import check_timeline, write_run_timeline
+
+        check_types(config)
+        check_timeline(config["timeline"], config["timeline_steps"])  # before anything runs
     _say(_row_line(simulate(config)))
     if config["timeline"] is not None:
-        from sim.timeline import write_run_timeline
-
         path = write_run_timeline(config["timeline"], config, config["timeline_steps"])
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"timeline: {path}", markup=False)
     return 0

@@ -69,12 +69,19 @@ def record_run(config: Config) -> tuple[Recording, Run]:
     return Recording(log, spans), run
 
 
-def write_run_timeline(path: str | os.PathLike[str], config: Config, last_steps: int | None) -> Path:
-    """Write the last steps of the config's run, all where `last_steps` is None, and return `path`. Raises InputError."""
+def check_timeline(path: str | os.PathLike[str], last_steps: int | None) -> None:
+    """Raise InputError where `path` cannot be a timeline's file or `last_steps` are none."""
     if not str(path).endswith(".json.gz"):
         raise InputError(f"timeline is '{path}': it must be a file NAME.json.gz")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"timeline is '{path}': there is no folder {Path(path).parent}")
     if last_steps is not None and last_steps < 1:
         raise InputError(f"timeline_steps is {last_steps}: it must be at least 1, or null for all")
+
+
+def write_run_timeline(path: str | os.PathLike[str], config: Config, last_steps: int | None) -> Path:
+    """Write the last steps of the config's run, all where `last_steps` is None, and return `path`. Raises InputError."""
+    check_timeline(path, last_steps)
     recording, run = record_run(config)
     model = workload_of(config).trace.model
     count = len(run.steps.compute)

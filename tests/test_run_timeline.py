@@ -223,3 +223,14 @@ def test_the_command_writes_one_and_says_where(tmp_path, monkeypatch, capsys):
     ):
         assert main(words) == 2
         assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["timeline=x.json"], ["timeline=nowhere/x.json.gz"], ["timeline=x.json.gz", "timeline_steps=0"]]
+)
+def test_a_timeline_that_cannot_be_is_refused_before_anything_runs(words, tmp_path, capsys):
+    from sim.cli import main
+
+    assert main(["simulate", "system=lru", "trace.tokens=20", f"results={tmp_path / 'results'}", *words]) == 2
+    assert "timeline" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
