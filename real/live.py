@@ -22,9 +22,8 @@ from real.executor import Executor, Outcome, Shape
 from real.host import undisturbed
 from real.live_decoder import LiveDecoder
 from real.live_model import LiveModel
-from real.replay import Log, check_room, device_errors, free_device_memory, link_rate
+from real.replay import Log, check_room, device_errors, free_device_memory, link_rate, opened
 from real.schedule import Schedule
-from real.standin import StandIn
 from real.timeline import Timeline
 from traces.errors import InputError
 
@@ -300,7 +299,8 @@ class LiveRun:
     @contextmanager
     def _opened(self) -> Iterator[None]:
         what = f"system '{self._parts.name}' on {self.model.name}"
-        with device_errors(what), self._device() as device:
+        schedule = Schedule(self.model.layout.expert_bytes) if self._prove else None
+        with device_errors(what), opened(self._given, self.model.where, schedule) as device:
             hooks: list[Any] = []
             try:
                 system = self._system(0)
@@ -361,23 +361,6 @@ class LiveRun:
             log=self.log,
             **self._copies,
         )
-
-    @contextmanager
-    def _device(self) -> Iterator[Device]:
-        schedule = Schedule(self.model.layout.expert_bytes) if self._prove else None
-        if self._given is not None:
-            yield self._given
-        elif self.model.where == "cpu":
-            yield StandIn("eager", schedule=schedule)
-        else:
-            from real.cuda import Cuda
-
-            torch.cuda.reset_peak_memory_stats()
-            device = Cuda(schedule)
-            try:
-                yield device
-            finally:
-                device.close()
 
 
 def check_needs(parts: Composition) -> None:

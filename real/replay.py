@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from policies.system import AXES, Composition, System, build_system, find_part
 from real.decisions import Decisions
 from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
 from real.device import COPY, Device
 from real.executor import Executor, Shape
 from real.host import undisturbed
-from real.routing import plain_events, plain_future, replay_inputs
+from real.routing import replay_inputs
 from real.schedule import Schedule
 from real.slab import HostSlab
 from real.standin import StandIn
+from real.systems import cell_system
 from real.timeline import Timeline
 from sim.workload import Workload, make_workload
 from traces.errors import InputError, nearest
@@ -154,38 +154,15 @@ def run_cell(cell: Cell, model: Model, device: Device | None = None) -> Measured
     if total > len(workload.decode):
         raise InputError(f"cell '{cell.name}' asks for {total} steps, but its workload has {len(workload.decode)}")
     free_device_memory()  # what an exception of an earlier cell still held
-    with device_errors(f"cell '{cell.name}'"), _opened(device, model.where, cell) as opened:
-        return _measure(cell, model, workload, opened)
-
-
-def build_cell_system(cell: Cell, workload: Workload) -> System:
-    """Build a cell's system afresh. Raises InputError."""
-    known = cell.system
-    composition = Composition(
-        name=known["name"],
-        parts={axis: find_part(axis, known[axis]) for axis in AXES},
-        drop_unused_prefetches=known["drop_unused_prefetches"],
-        reupload_after_use=known["reupload_after_use"],
-    )
-    composition.check(workload.trace.capabilities(), cell.trace)
-    spec = workload.trace.model
-    return build_system(
-        composition,
-        slots=cell.slots,
-        layers=spec.layers,
-        experts=spec.experts,
-        top_k=spec.top_k,
-        seed=cell.seed,
-        layer_ns=cell.layer_ns,
-        transfer_ns=cell.transfer_ns,
-        future=lambda: plain_future(plain_events(workload)),
-    )
+    schedule = Schedule(cell.shape.expert_bytes) if cell.prove else None
+    with device_errors(f"cell '{cell.name}'"), opened(device, model.where, schedule) as there:
+        return _measure(cell, model, workload, there)
 
 
 def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Measured:
     shape, where = model.shape, model.where
     total = cell.warmup + cell.steps + cell.marked
-    system = build_cell_system(cell, workload)
+    system = cell_system(asdict(cell), workload)
     slots = int(system.setting.capacity.sum())
     check_room(slots * model.slab.slot_bytes, where)
     pool = SlotPool(shape, slots, where)
@@ -306,22 +283,21 @@ def link_rate(device: Device, slab: HostSlab, address: int, slots: int) -> float
 
 
 @contextmanager
-def _opened(device: Device | None, where: str, cell: Cell) -> Iterator[Device]:
-    """Open the device that a cell runs on and close it, with all that was submitted to it done or dropped."""
-    schedule = Schedule(cell.shape.expert_bytes) if cell.prove else None
-    if device is not None:
-        yield device
+def opened(given: Device | None, where: str, schedule: Schedule | None) -> Iterator[Device]:
+    """Open the device at `where` and close it, with all that was submitted done or dropped; one that is given stays open."""
+    if given is not None:
+        yield given
     elif where == "cpu":
         yield StandIn("eager", schedule=schedule)
     else:
         from real.cuda import Cuda
 
         torch.cuda.reset_peak_memory_stats()
-        opened = Cuda(schedule)
+        device = Cuda(schedule)
         try:
-            yield opened
+            yield device
         finally:
-            opened.close()
+            device.close()
 
 
 @contextmanager

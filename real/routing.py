@@ -1,7 +1,4 @@
-"""What a replay needs of a workload, as plain arrays: who sits where in every step, and what the router has to choose.
-
-Plain Python and NumPy, since a machine with a GPU need not have what the compiled engine needs.
-"""
+"""What a replay needs of a workload, as plain arrays: who sits where in every step, and what the router has to choose."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from policies.contract import NEVER, Future
-from sim.events import Events
 from sim.workload import Workload
 
 
@@ -89,36 +84,3 @@ def _lanes(workload: Workload, steps: int) -> list[dict[int, int]]:
         for request in [request for request in held if last[request] == step]:
             free.append(held.pop(request))
     return lanes
-
-
-def plain_events(workload: Workload) -> Events:
-    """Return `Workload.events`, without compiled code."""
-    trace, expert_count = workload.trace, workload.trace.model.experts
-    offsets = [0]
-    keys: list[int] = []
-    tokens: list[int] = []
-    for start, stop in pairwise(workload.offsets.tolist()):
-        routed = trace.experts[workload.rows[start:stop]]
-        for layer in range(trace.model.layers):
-            uses: dict[int, int] = {}
-            for expert in routed[:, layer].ravel().tolist():
-                if expert >= 0:
-                    uses[layer * expert_count + expert] = uses.get(layer * expert_count + expert, 0) + 1
-            keys += uses
-            tokens += uses.values()
-            offsets.append(len(keys))
-    return Events(
-        trace.model.layers, expert_count, np.array(offsets, np.int64), np.array(keys, np.int32), np.array(tokens, np.int32)
-    )
-
-
-def plain_future(events: Events) -> Future:
-    """Return `Workload.future` of `events`, without compiled code."""
-    following = np.full(len(events.keys), NEVER, np.int64)
-    first = np.full(events.layers * events.experts, NEVER, np.int64)
-    for event in reversed(range(events.total)):
-        for place in range(events.offsets[event], events.offsets[event + 1]):
-            key = events.keys[place]
-            following[place] = first[key]
-            first[key] = event
-    return Future(events.offsets, events.keys, following, first)

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from policies.system import AXES, Composition, find_part
+from policies.system import AXES, Composition, System, build_system, find_part
+from sim.workload import Workload
 from traces.errors import InputError, nearest
 
 FLAGS = ("drop_unused_prefetches", "reupload_after_use")
@@ -49,6 +50,24 @@ def composition(system: Mapping[str, Any]) -> Composition:
         parts={axis: find_part(axis, system[axis]) for axis in AXES},
         drop_unused_prefetches=system["drop_unused_prefetches"],
         reupload_after_use=system["reupload_after_use"],
+    )
+
+
+def cell_system(cell: Mapping[str, Any], workload: Workload) -> System:
+    """Build the system of a cell (fields of `real.replay.Cell`) afresh, with the future of `workload`. Raises InputError."""
+    parts = composition(cell["system"])
+    parts.check(workload.trace.capabilities(), cell["trace"])
+    model = workload.trace.model
+    return build_system(
+        parts,
+        slots=cell["slots"],
+        layers=model.layers,
+        experts=model.experts,
+        top_k=model.top_k,
+        seed=cell["seed"],
+        layer_ns=cell["layer_ns"],
+        transfer_ns=cell["transfer_ns"],
+        future=lambda: workload.future,
     )
 
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from policies.contract import Ints
-from policies.system import AXES, Composition, System, build_system, find_part
 from real.measured import MeasuredRun
 from real.pricing import JUDGED, STARTS, Log, by_event, price
+from real.systems import cell_system
 from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import run_engine
 from sim.hardware import Hardware
@@ -271,30 +271,6 @@ def decoder_spec(shape: Mapping[str, int]) -> ModelSpec:
         expert_bytes={"bf16": 6 * hidden * shape["expert_width"]},
         other_bytes=2 * (layers * per_layer + shape["vocabulary"] * hidden),
         kv_bytes_per_token=4 * layers * hidden,
-    )
-
-
-def cell_system(cell: Mapping[str, Any], workload: Workload) -> System:
-    """Build the cell's system afresh, with the future of the whole `workload`. Raises InputError."""
-    known = cell["system"]
-    composition = Composition(
-        name=known["name"],
-        parts={axis: find_part(axis, known[axis]) for axis in AXES},
-        drop_unused_prefetches=known["drop_unused_prefetches"],
-        reupload_after_use=known["reupload_after_use"],
-    )
-    composition.check(workload.trace.capabilities(), cell["trace"])
-    model = workload.trace.model
-    return build_system(
-        composition,
-        slots=cell["slots"],
-        layers=model.layers,
-        experts=model.experts,
-        top_k=model.top_k,
-        seed=cell["seed"],
-        layer_ns=cell["layer_ns"],
-        transfer_ns=cell["transfer_ns"],
-        future=lambda: workload.future,
     )
 
 

@@ -6,7 +6,8 @@ from test_hardware import tiny_profile
 
 from real.measured import MeasuredRun, make_steps
 from real.pricing import price
-from real.validation import cell_costs, cell_system, first_steps
+from real.systems import cell_system
+from real.validation import cell_costs, first_steps
 from sim.costs import with_free_link
 from sim.engines import run_engine
 from sim.hardware import make_hardware

@@ -11,7 +11,8 @@ pytest.importorskip("torch", reason="the real backend needs torch (the extra `re
 # what must be there comes first
 
 from real.cells import fit_routing, make_cell, write_cells
-from real.replay import build_cell_system, read_cells
+from real.replay import read_cells
+from real.systems import cell_system
 from sim.config import compose_config
 from sim.hardware import model_spec
 from sim.workload import make_workload
@@ -50,6 +51,6 @@ def test_a_cell_comes_back_from_its_file_and_builds_the_system_of_its_configurat
     (read,) = read_cells(tmp_path / "cells.json")
     assert asdict(made) == {**asdict(read), "trace": "routing.safetensors"}
     assert json.loads((tmp_path / "cells.json").read_text())[0]["slots"] == 416
-    system = build_cell_system(read, make_workload(load_trace(read.trace), **read.workload))
+    system = cell_system(asdict(read), make_workload(load_trace(read.trace), **read.workload))
     assert system.setting.capacity.tolist()[:5] == [64, 64, 64, 64, 8]
     assert read.shape.expert_bytes == 17301504

@@ -6,21 +6,25 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from policies.contract import NEVER, Future
 
 torch = pytest.importorskip("torch", reason="the real backend needs torch (the extra `real`)")
 
 from policies.system import AXES
 from real.decoder import ModelShape
 from real.replay import Cell, Model, main, run_cell
-from real.routing import plain_events, plain_future, replay_inputs
+from real.routing import replay_inputs
 from real.schedule import Schedule
 from real.standin import StandIn
 from sim.config import compose_config
 from sim.conformance import small_trace
+from sim.events import Events
 from sim.workload import make_workload
 from traces import save_trace
 from traces.errors import InputError
@@ -105,8 +109,40 @@ def test_a_row_says_where_time_and_bytes_went(trace_path, model):
         assert min(row["marked_ns"][name]) > 0
 
 
+def plain_events(workload):
+    """Return `Workload.events`, without compiled code."""
+    trace, expert_count = workload.trace, workload.trace.model.experts
+    offsets = [0]
+    keys, tokens = [], []
+    for start, stop in pairwise(workload.offsets.tolist()):
+        routed = trace.experts[workload.rows[start:stop]]
+        for layer in range(trace.model.layers):
+            uses = {}
+            for expert in routed[:, layer].ravel().tolist():
+                if expert >= 0:
+                    uses[layer * expert_count + expert] = uses.get(layer * expert_count + expert, 0) + 1
+            keys += uses
+            tokens += uses.values()
+            offsets.append(len(keys))
+    return Events(
+        trace.model.layers, expert_count, np.array(offsets, np.int64), np.array(keys, np.int32), np.array(tokens, np.int32)
+    )
+
+
+def plain_future(events):
+    """Return `Workload.future` of `events`, without compiled code."""
+    following = np.full(len(events.keys), NEVER, np.int64)
+    first = np.full(events.layers * events.experts, NEVER, np.int64)
+    for event in reversed(range(events.total)):
+        for place in range(events.offsets[event], events.offsets[event + 1]):
+            key = events.keys[place]
+            following[place] = first[key]
+            first[key] = event
+    return Future(events.offsets, events.keys, following, first)
+
+
 @pytest.mark.parametrize(("order", "batch"), [("one_request", 1), ("recorded", 1), ("continuous", 3)])
-def test_plain_arrays_equal_what_the_simulator_uses(order, batch):
+def test_plain_arrays_equal_what_simulator_and_executor_use(order, batch):
     workload = make_workload(TRACE, order, batch)
     events = plain_events(workload)
     for plain, compiled in zip(events[2:], workload.events[2:], strict=True):
