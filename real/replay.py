@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
@@ -26,6 +26,7 @@ import torch
 from real.decisions import Decisions
 from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
 from real.device import COPY, Device
+from real.driver import driver_version
 from real.executor import Executor, Shape
 from real.host import undisturbed
 from real.routing import replay_inputs
@@ -226,6 +227,7 @@ def _identity(cell: Cell, slots: int, where: str) -> dict[str, Any]:
         "timed": cell.steps,
         "marked": cell.marked,
         "device": torch.cuda.get_device_name() if where != "cpu" else "stand-in on a CPU",
+        "driver": driver_version() if where != "cpu" else None,
         "torch": torch.__version__,
     }
 
@@ -347,8 +349,7 @@ def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> in
     """Run cells until the time is up and write their results, shape by shape; return how many failed.
 
     ``results.jsonl`` gets a row per cell, ``decisions.jsonl.gz`` its log, ``stamps.jsonl.gz`` host stamps and device marks:
-    those of its first pass. The passes of a shape's cells alternate, so that a machine that is slow for a while is not taken
-    for a slow system.
+    those of its first pass. A cell that fails in any of its passes has failed: its row is the sentence that says why.
     """
     end = time.monotonic() + minutes * 60
     out.mkdir(parents=True, exist_ok=True)
@@ -364,39 +365,56 @@ def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> in
 
 def _run_shape(cells: list[Cell], shape: ModelShape, out: Path, where: str, end: float) -> int:
     """Run all passes of one shape's cells and write what there is, whatever stops it; return how many failed."""
-    runs: dict[str, list[Measured]] = {cell.name: [] for cell in cells}
-    failed: dict[str, str] = {}
+    passes = Passes(cells)
     try:
         with device_errors(f"shape {tuple(shape)}"):
             model = Model(shape, where)
         try:
-            for number in range(max(cell.passes for cell in cells)):
-                for cell in cells:
-                    if number >= cell.passes or cell.name in failed or time.monotonic() > end:
-                        continue
-                    again = replace(cell, marked=min(cell.marked, 1))  # the last timed step ends with the next one's gate
-                    try:
-                        runs[cell.name].append(run_cell(again if number else cell, model))
-                    except InputError as error:
-                        failed[cell.name] = str(error)
-                    print(f"{cell.name}: pass {number + 1}{failed.get(cell.name, '')}", flush=True)
+            passes.run(model, lambda text: print(text, flush=True), lambda: time.monotonic() > end)
         finally:
             model.close()
     except InputError as error:
-        failed = dict.fromkeys(runs, str(error))
+        passes.failed = dict.fromkeys(passes.done, str(error))
     finally:
         for cell in cells:
-            if runs[cell.name]:
-                measured = _merged(runs[cell.name])
+            if cell.name in passes.failed:
+                _append(out / "results.jsonl", {"cell": cell.name, "error": passes.failed[cell.name]})
+                print(f"{cell.name}: {passes.failed[cell.name]}", flush=True)
+            elif passes.done[cell.name]:
+                measured = merged(passes.done[cell.name])
                 write_result(out, cell, measured)
                 print(line(measured.row), flush=True)
-            elif cell.name in failed:
-                _append(out / "results.jsonl", {"cell": cell.name, "error": failed[cell.name]})
-                print(f"{cell.name}: {failed[cell.name]}", flush=True)
-    return len(failed)
+    return len(passes.failed)
 
 
-def _merged(passes: list[Measured]) -> Measured:
+class Passes:
+    """All passes of cells of one shape, which alternate: a machine that is slow for a while is no slow system."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = cells
+        self.done: dict[str, list[Measured]] = {cell.name: [] for cell in cells}
+        """By cell what its passes gave so far."""
+        self.failed: dict[str, str] = {}
+        """By cell in which pass it failed, and why; it runs no further."""
+
+    def run(
+        self, model: Model, say: Callable[[str], None] = lambda text: None, time_is_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Run what there is time for; `say` is told of every pass."""
+        for number in range(1, 1 + max(cell.passes for cell in self.cells)):
+            for cell in self.cells:
+                if number > cell.passes or cell.name in self.failed or time_is_up():
+                    continue
+                again = replace(cell, marked=min(cell.marked, 1))  # the last timed step ends with the next one's gate
+                which = f"pass {number} of {cell.passes}"
+                try:
+                    self.done[cell.name].append(run_cell(again if number > 1 else cell, model))
+                except InputError as error:
+                    self.failed[cell.name] = f"{which}: {error}"
+                say(f"{cell.name}: {self.failed.get(cell.name, which)}")
+
+
+def merged(passes: Sequence[Measured]) -> Measured:
     """Return the first pass with every step's median time over all of them, and the link's rate at its best."""
     first = passes[0]
     row = {**first.row, **_step_times([each.row["step_ns"] for each in passes])}
@@ -409,17 +427,19 @@ def _merged(passes: list[Measured]) -> Measured:
 def write_result(out: Path, cell: Cell, measured: Measured) -> None:
     """Append a cell's row, log and times to the files in `out`."""
     _append(out / "results.jsonl", measured.row)
-    timeline = measured.timeline
     ns, what, key, event = (list(column) for column in zip(*measured.log, strict=True)) if measured.log else ([], [], [], [])
     log = {"cell": cell.name, "ns": ns, "what": what, "key": key, "event": event}
     _append_packed(out / "decisions.jsonl.gz", log)
-    times = {
-        "cell": cell.name,
+    _append_packed(out / "stamps.jsonl.gz", {"cell": cell.name, **times_of(measured.timeline)})
+
+
+def times_of(timeline: Timeline) -> dict[str, Any]:
+    """Return host stamps and device marks as plain lists."""
+    return {
         "stamps": timeline.stamps.tolist(),
         "marks": timeline.device_marks().tolist(),
         "copies": timeline.copy_marks().tolist(),
     }
-    _append_packed(out / "stamps.jsonl.gz", times)
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from real.systems import cell_system
 from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import run_engine
 from sim.hardware import Hardware
+from sim.reference import Span, run_reference
 from sim.result import StepTimes
 from sim.workload import Workload, make_workload
 from traces import Trace, bundled, load_trace
@@ -82,6 +83,8 @@ class CellReport(NamedTuple):
     spread_ns: float
     """Half of the range in which the passes' means lie."""
     copy_efficiency: float | None
+    host_per_layer_ns: dict[str, dict[str, float]] | None
+    """As in `real.measured.MeasuredRun`."""
     logs: tuple[Log, Log]
     """The executor's and the simulator's."""
 
@@ -92,16 +95,9 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
     A cell that was preloaded is simulated without transfers: its link is free. Raises InputError where `trace` is not the
     one that was run, or is too short.
     """
-    if trace.hash != run.trace_hash:
-        raise InputError(
-            f"'{run.name}' was measured on another trace: it has the hash {run.trace_hash[:12]}, not {trace.hash[:12]}"
-        )
-    whole = make_workload(trace, **run.cell["workload"])
-    workload = first_steps(whole, int(run.steps["step"].max()) + 1)
-    costs = cell_costs(run.cell, hardware, workload)
+    whole, workload, costs, free = _as_simulated(run, trace, hardware)
     system = cell_system(run.cell, whole)
     priced = price(run.log, workload, costs, system)
-    free = with_free_link(costs) if run.cell["preload"] else costs
     log: list[tuple[Any, ...]] = []
     simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, free, log)
     link_busy = price(log, workload, free, system).link_busy_ns
@@ -116,8 +112,29 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
         divergence=divergence(run.log, log, workload.events.total),
         spread_ns=(max(run.pass_ns) - min(run.pass_ns)) / 2 if run.pass_ns else 0.0,
         copy_efficiency=run.copy_efficiency,
+        host_per_layer_ns=run.host_per_layer_ns,
         logs=(run.log, log),
     )
+
+
+def simulated_spans(run: MeasuredRun, trace: Trace, hardware: Hardware) -> list[Span]:
+    """Return what every resource does in the closed loop of `compare_cell`, by the reference engine. Raises InputError."""
+    whole, workload, _, free = _as_simulated(run, trace, hardware)
+    spans: list[Span] = []
+    run_reference(cell_system(run.cell, whole), workload, free, spans=spans)
+    return spans
+
+
+def _as_simulated(run: MeasuredRun, trace: Trace, hardware: Hardware) -> tuple[Workload, Workload, Costs, Costs]:
+    """Return the trace's whole workload, its steps that were measured, and what they cost: as they are, as simulated."""
+    if trace.hash != run.trace_hash:
+        raise InputError(
+            f"'{run.name}' was measured on another trace: it has the hash {run.trace_hash[:12]}, not {trace.hash[:12]}"
+        )
+    whole = make_workload(trace, **run.cell["workload"])
+    workload = first_steps(whole, int(run.steps["step"].max()) + 1)
+    costs = cell_costs(run.cell, hardware, workload)
+    return whole, workload, costs, with_free_link(costs) if run.cell["preload"] else costs
 
 
 def anchor_of(cell: Mapping[str, Any]) -> str | None:
@@ -219,6 +236,7 @@ def summary(
                 "simulated_tpot_ns": report.closed_loop.tpot_ns,
                 "priced_tpot_ns": report.open_loop.tpot_ns,
                 "error": report.closed_loop.error,
+                "host_per_layer_ns": report.host_per_layer_ns,
             }
             for report in reports
         ],
