@@ -22,7 +22,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from real.pricing import JUDGED, Log
-from real.timeline import HOST_PARTS, STAMPS, Spans, host_per_layer, spans_of
+from real.timeline import HOST_PARTS, STAMPS, host_per_layer, spans_of
+from sim.reference import Span
 from sim.result import KINDS
 from traces.atomic import write_atomically
 from traces.errors import InputError
@@ -90,8 +91,8 @@ class MeasuredRun(NamedTuple):
     """Mean duration of the timed steps in every pass, ns; empty where it ran once."""
     host_per_layer_ns: dict[str, dict[str, float]] | None = None
     """By `real.timeline.HOST_PARTS` the host's ns per layer in the timed steps: ``median``, ``p10``, ``p90``."""
-    spans: Spans = ()
-    """Of the last `SHOWN_STEPS` marked steps; none where no step was marked."""
+    spans: tuple[Span, ...] = ()
+    """What compute stream and host thread did in the last `SHOWN_STEPS` marked steps; none where no step was marked."""
 
     @property
     def name(self) -> str:
@@ -198,7 +199,7 @@ def read_measured(path: str | os.PathLike[str], cell: Mapping[str, Any] | None =
     if decisions_digest(log) != fields["decisions_digest"]:
         raise InputError(f"{path}: the decisions do not have the digest that the file states")
     steps = _read_steps(path.with_suffix(".parquet"))
-    spans = tuple(_read_entries(path.with_suffix(".spans.json.gz"), _SPAN_ENTRY))
+    spans = tuple(Span(*entry) for entry in _read_entries(path.with_suffix(".spans.json.gz"), _SPAN_ENTRY))
     fields["pass_ns"] = tuple(fields["pass_ns"])
     known = {name: fields[name] for name in MeasuredRun._fields if name in fields}
     run = MeasuredRun(steps=steps, log=log, spans=spans, **known)
@@ -321,11 +322,12 @@ def _check(path: Path, run: MeasuredRun) -> None:
             raise InputError(f"{path}: {name} are not those of the decisions")
     shown = parts[-SHOWN_STEPS:] if run.spans else parts[:0]
     spent = {name: dict.fromkeys(shown["step"].tolist(), 0) for name in ("compute", "wait")}
-    for resource, what, start, end, _, event in run.spans:
-        if event // layers not in spent["wait"]:
+    for span in run.spans:
+        step = span.event // layers
+        if step not in spent["wait"]:
             raise InputError(f"{path}: the spans must be of the last {SHOWN_STEPS} marked steps")
-        if resource == "compute" and what != "host":
-            spent["wait" if what == "wait" else "compute"][event // layers] += end - start
+        if span.resource == "compute" and span.what != "host":
+            spent["wait" if span.what == "wait" else "compute"][step] += span.end - span.start
     for name, by_step in spent.items():
         if list(by_step.values()) != shown[f"{name}_ns"].tolist():
             raise InputError(f"{path}: the spans do not add up to {name}")
@@ -392,7 +394,7 @@ def _host_and_spans(cell: Mapping[str, Any], times: Mapping[str, Any]) -> dict[s
     shown = range(max(last, last + cell["marked"] - SHOWN_STEPS), last + cell["marked"])
     return {
         "host_per_layer_ns": host_per_layer(stamps[first:last]) if cell["steps"] else None,
-        "spans": spans_of(stamps, marks, shown, shared=cell["model"]["shared_width"] > 0),
+        "spans": tuple(Span(*span) for span in spans_of(stamps, marks, shown, shared=cell["model"]["shared_width"] > 0)),
     }
 
 

@@ -34,8 +34,8 @@ _ATTENTION, _GATE, _DECIDE, _WAIT, _START, _END, _HEAD, _STEP_END = range(len(MA
 _AFTER_MARK = ("attention", "shared", "host", "wait", "experts", "host", "step", "host")
 """What the compute stream does from a mark to the next one, by mark; `host` where it stands still for the host thread."""
 
-Spans = tuple[tuple[str, str, int, int, int, int], ...]
-"""(resource, what, start ns, end ns, -1, event), as `sim.reference.Span`; a group of experts counts as one: ``experts``."""
+Spans = list[tuple[str, str, int, int, int, int]]
+"""Fields of `sim.reference.Span`, whose key is -1: a group of experts is one span, ``experts``."""
 
 
 class DeviceTimes(NamedTuple):
@@ -247,4 +247,4 @@ def spans_of(stamps: Ints, marks: Ints, steps: range, *, shared: bool) -> Spans:
         found.append(("host", "issue", decided, issued, -1, event))
         if after and event % layers == layers - 1:
             found.append(("host", "step", issued, after[0], -1, event))
-    return tuple(span for span in found if span[3] > span[2])
+    return [span for span in found if span[3] > span[2]]

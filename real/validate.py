@@ -18,7 +18,6 @@ from sim import store
 from sim.config import Config, check_config, check_types, compose_config
 from sim.experiment import workload_of
 from sim.hardware import Hardware, make_hardware, model_spec
-from sim.reference import Span
 from sim.timeline import Recording, write_timeline
 from sim.workload import make_workload
 from traces import Trace, load_trace, save_trace
@@ -195,7 +194,7 @@ def _write_timeline(path: Path, report: CellReport, run: MeasuredRun, trace: Tra
     """Write four steps of the report's two runs side by side."""
     model, last = run.cell["model"], int(run.steps["step"].max()) + 1
     names = (f"measured: {report.name}", f"simulated: {report.name}")
-    spans = [Span(*span) for span in run.spans], simulated_spans(run, trace, hardware)
+    spans = run.spans, simulated_spans(run, trace, hardware)
     runs = dict(zip(names, map(Recording, report.logs, spans), strict=True))
     write_timeline(path, runs, model["layers"], model["experts"], range(max(0, last - 4), last))
 

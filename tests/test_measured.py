@@ -10,6 +10,7 @@ from measuring import SHAPE, cell_of, machine, measured_on
 
 from real.measured import from_replay, read_folder, read_measured, replay_results, write_measured
 from real.timeline import HOST_PARTS, MARKS
+from sim.reference import Span
 from traces.errors import InputError
 
 RUN = measured_on(machine(), cell_of())
@@ -132,7 +133,7 @@ def spans_of_steps(steps, **changes):
         parts = {name: int(RUN.steps.set_index("step").loc[step, f"{name}_ns"]) for name in ("compute", "wait")} | changes
         found.append(("compute", "experts", 0, parts["compute"], -1, 3 * step))
         found.append(("compute", "wait", 0, parts["wait"], -1, 3 * step + 2))
-    return tuple(found)
+    return tuple(Span(*span) for span in found)
 
 
 def test_spans_of_the_last_marked_steps_are_kept(tmp_path):
@@ -147,7 +148,7 @@ def test_spans_of_the_last_marked_steps_are_kept(tmp_path):
         (spans_of_steps(range(27, 30)), "the spans do not add up to compute"),
         (spans_of_steps(range(26, 30), compute=1), "the spans do not add up to compute"),
         (spans_of_steps(range(26, 30), wait=10**9), "the spans do not add up to wait"),
-        ((("compute", "wait", 0.5, 1, -1, 90),), "entries must be [resource, what, start, end, key, event]"),
+        ((Span("compute", "wait", 0.5, 1, -1, 90),), "entries must be [resource, what, start, end, key, event]"),
     ],
 )
 def test_spans_that_contradict_the_steps(tmp_path, spans, sentence):

@@ -12,7 +12,7 @@ from sim.cli import main
 from sim.config import compose_config
 from sim.conformance import difference
 from sim.experiment import costs_of, system_of, workload_of
-from sim.reference import Span, run_reference
+from sim.reference import run_reference
 from sim.timeline import COMPUTE, H2D, HOST, LAYERS, Recording, write_timeline
 
 PART = ["trace.tokens=80", "workload.phases=decode"]
@@ -202,7 +202,7 @@ def test_measured_runs_give_tracks_that_nest(folder, tmp_path):
     run = read_measured(next(path for path in folder.glob("*fate*.json")))
     model = run.cell["model"]
     last = int(run.steps["step"].max())
-    recording = Recording(run.log, [Span(*span) for span in run.spans])
+    recording = Recording(run.log, run.spans)
     path = write_timeline(
         tmp_path / "t.json.gz", {"m": recording}, model["layers"], model["experts"], range(last - 3, last + 1)
     )
