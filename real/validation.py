@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from policies.contract import Ints
 from real.measured import MeasuredRun
-from real.pricing import JUDGED, STARTS, Log, by_event, price
+from real.pricing import JUDGED, STARTS, Log, Priced, by_event, price
 from real.systems import cell_system
 from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import run_engine
 from sim.hardware import Hardware
 from sim.reference import Span, run_reference
-from sim.result import StepTimes
+from sim.result import Run, StepTimes
 from sim.workload import Workload, make_workload
 from traces import Trace, bundled, load_trace
 from traces.errors import InputError
@@ -96,11 +97,8 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
     one that was run, or is too short.
     """
     whole, workload, costs, free = _as_simulated(run, trace, hardware)
-    system = cell_system(run.cell, whole)
-    priced = price(run.log, workload, costs, system)
-    log: list[tuple[Any, ...]] = []
-    simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, free, log)
-    link_busy = price(log, workload, free, system).link_busy_ns
+    priced, simulated, log = _both_loops(run, whole, workload, costs, free)
+    link_busy = price(log, workload, free, cell_system(run.cell, whole)).link_busy_ns
     return CellReport(
         name=run.name,
         system=run.cell["system"]["name"],
@@ -115,6 +113,20 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
         host_per_layer_ns=run.host_per_layer_ns,
         logs=(run.log, log),
     )
+
+
+def tpots(run: MeasuredRun, trace: Trace, hardware: Hardware) -> tuple[float, float, float]:
+    """Return the TPOT of `compare_cell` alone, ns: measured, simulated (closed loop) and priced (open loop)."""
+    priced, simulated, _ = _both_loops(run, *_as_simulated(run, trace, hardware))
+    return _tpot(run), _tpot_of(run, simulated.steps), _tpot_of(run, priced.steps)
+
+
+def _both_loops(run: MeasuredRun, whole: Workload, workload: Workload, costs: Costs, free: Costs) -> tuple[Priced, Run, Log]:
+    """Return the executor's decisions, priced, and the simulator's run with its log."""
+    priced = price(run.log, workload, costs, cell_system(run.cell, whole))
+    log: list[tuple[Any, ...]] = []
+    simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, free, log)
+    return priced, simulated, log
 
 
 def simulated_spans(run: MeasuredRun, trace: Trace, hardware: Hardware) -> list[Span]:
@@ -305,9 +317,7 @@ def find_trace(run: MeasuredRun, folder: Path) -> Trace:
 
 
 def _loop(run: MeasuredRun, steps: StepTimes, link_busy_ns: Ints) -> Loop:
-    timed = run.timed
-    timed = timed[timed["phase"] == 1]
-    simulated = float(steps.duration[timed["step"].to_numpy(np.int64)].mean())
+    simulated = _tpot_of(run, steps)
     parts = {"compute": steps.compute, "wait": steps.wait, "host": steps.host, "link_busy": link_busy_ns}
     marked = run.marked
     marked = marked[marked["phase"] == 1]
@@ -321,10 +331,20 @@ def _loop(run: MeasuredRun, steps: StepTimes, link_busy_ns: Ints) -> Loop:
     return Loop(simulated, simulated / _tpot(run) - 1, components)
 
 
+def _tpot_of(run: MeasuredRun, steps: StepTimes) -> float:
+    """Return the mean duration in `steps` of the steps that count for the run's TPOT, ns."""
+    return float(steps.duration[_timed_decode(run)["step"].to_numpy(np.int64)].mean())
+
+
 def _tpot(run: MeasuredRun) -> float:
-    """Return the mean duration of the timed decode steps, ns. Raises InputError where there is none."""
+    """Return the mean duration of the timed decode steps, ns."""
+    return float(_timed_decode(run)["total_ns"].mean())
+
+
+def _timed_decode(run: MeasuredRun) -> pd.DataFrame:
+    """Return the timed decode steps. Raises InputError where there is none."""
     timed = run.timed
     decode = timed[timed["phase"] == 1]
     if not len(decode):
         raise InputError(f"'{run.name}' has no timed decode step")
-    return float(decode["total_ns"].mean())
+    return decode
