@@ -1,5 +1,7 @@
 """Curves are what single runs give, budget by budget."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from sim.reference import run_reference
 from sim.workload import make_workload
 
 
+@cache
 def eviction(name):
     return find_part("eviction", compose_config("simulate", [f"eviction={name}"])["eviction"])
 

@@ -67,10 +67,15 @@ def assert_agree(make_system, workload, costs, interpret=False):
 # ---- real routing ------------------------------------------------------------------------------------------------
 
 
+@cache
+def on_the_bundled_recording(name):
+    return compose_config("simulate", [f"system={name}", "trace.tokens=150"])
+
+
 @pytest.mark.parametrize("budget", [0.13, 0.25, 0.6])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_on_the_bundled_recording(name, budget):
-    config = compose_config("simulate", [f"system={name}", f"budget={budget}", "trace.tokens=150"])
+    config = {**on_the_bundled_recording(name), "budget": budget}
     workload = workload_of(config)
     costs = costs_of(config, workload)[0]
     third = costs.last_chunk_ns // 3
