@@ -231,7 +231,8 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         if summary(times.shared).median < 2 * mark:  # else the host has decided before the shared experts end
             residents.append(summary(times.gate_to_residents).median - mark)
         ahead.append(summary(times.ahead).median)
-    readout = max(0.0, _middle(residents or readouts))
+    copies, experts = _middle(readouts), _middle(residents or readouts)
+    readout = max(0.0, min(copies, experts))
     of = f"of {len(shapes)} models in the executor, median"
     return entries | {
         "compute.beside_ns": Entry(
@@ -244,12 +245,17 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         "host.readout_ns": Entry(
             round(readout),
             "ns",
-            f"from a gate's end until residents compute, the decision included, of {len(residents or readouts)} models in "
-            "the executor, median",
+            f"from a gate's end until the first copy of what is missing begins ({of}), or until residents compute, whichever "
+            "is sooner; the host's decision is part of it",
         ),
-        "host.expert_issue_ns": Entry(0, "ns", "part of readout_ns", tag="assumed"),
+        "host.expert_issue_ns": Entry(
+            round(max(0.0, experts - readout)),
+            "ns",
+            f"from a gate's end until residents compute, of {len(residents or readouts)} models in the executor, median, less "
+            "readout_ns",
+        ),
         "host.demand_issue_ns": Entry(
-            round(max(0.0, _middle(readouts) - readout)),
+            round(max(0.0, copies - readout)),
             "ns",
             f"from a gate's end until the first copy of what is missing begins, {of}, less readout_ns",
         ),

@@ -355,7 +355,7 @@ class LiveRun:
             shape,
             self.decoder,
             device,
-            self.decoder.copy,
+            self.decoder.memory,
             expert_bytes=expert_bytes,
             timeline=Timeline(device, shape.layers),
             log=self.log,

@@ -25,7 +25,7 @@ import torch
 
 from real.decisions import Decisions
 from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
-from real.device import COPY, Device
+from real.device import COPY, Device, Memory
 from real.executor import Executor, Shape
 from real.host import undisturbed
 from real.routing import replay_inputs
@@ -170,11 +170,6 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
     decoder = ReplayDecoder(shape, model.weights, replay_inputs(workload, total), pool, device, where, cell.seed)
     with undisturbed():  # which could free what a capture must not see freed
         decoder.capture()
-    slab, slot_bytes = model.slab, model.slab.slot_bytes
-
-    def copy(key: int, slot: int, start: int, stop: int) -> None:
-        device.copy(pool.address + slot * slot_bytes + start, slab.address + key * slot_bytes + start, stop - start)
-
     log: Log = []
     timeline = Timeline(device, shape.layers)
     executor = Executor(
@@ -182,7 +177,7 @@ def _measure(cell: Cell, model: Model, workload: Workload, device: Device) -> Me
         Shape(total, shape.layers, shape.experts),
         decoder,
         device,
-        copy,
+        Memory(pool.address, model.slab.address, model.slab.slot_bytes),
         expert_bytes=shape.expert_bytes,
         chunk_bytes=cell.chunk_bytes,
         window_bytes=cell.window_bytes,
