@@ -245,14 +245,14 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         "host.readout_ns": Entry(
             round(readout),
             "ns",
-            f"from a gate's end until the first copy of what is missing begins ({of}), or until residents compute, whichever "
-            "is sooner; the host's decision is part of it",
+            f"from a gate's end until the first copy of what is missing begins, {of}, or until residents compute, whichever is "
+            "sooner; the host's decision is part of it",
         ),
         "host.expert_issue_ns": Entry(
             round(max(0.0, experts - readout)),
             "ns",
-            f"from a gate's end until residents compute, of {len(residents or readouts)} models in the executor, median, less "
-            "readout_ns",
+            f"from a gate's end until residents compute, of {len(residents or readouts)} models in the executor, median, "
+            "less readout_ns",
         ),
         "host.demand_issue_ns": Entry(
             round(max(0.0, copies - readout)),
