@@ -245,7 +245,7 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         "host.readout_ns": Entry(
             round(readout),
             "ns",
-            f"from a gate's end until the first copy of what is missing begins, {of}, or until residents compute, whichever is "
+            f"from a gate's end until the first copy of what is missing begins, {of}, or until residents compute if that is "
             "sooner; the host's decision is part of it",
         ),
         "host.expert_issue_ns": Entry(

@@ -5,7 +5,7 @@ import yaml
 from test_hardware import tiny_profile
 
 from real.calibration import Entry, executor_constants, executor_figures, profile_text
-from real.cells import GRID_MODELS, decoder_shape
+from real.cells import GRID, decoder_shape
 from real.decoder import ModelShape
 from real.measure_executor import CONTEXTS, LAYERS, MODELS, ROUNDS, ShapeTimes, measure_executor
 from sim.config import compose_config
@@ -95,7 +95,7 @@ def test_times_of_a_model_that_are_not_whole_are_refused():
         make_hardware({**tiny_profile(), "models": {"m": times}})
 
 
-@pytest.mark.parametrize("name", GRID_MODELS)
+@pytest.mark.parametrize("name", GRID)
 def test_measured_decoders_are_those_of_the_models(name):
     assert MODELS[name] == decoder_shape(model_spec(compose_config("simulate", [f"model={name}"])["model"]))
 
