@@ -22,7 +22,7 @@ from IPython.display import Image, display
 
 from real.measured import read_measured
 from real.validate import GROUND_TRUTH, ground_truth
-from real.validation import compare_cell, find_trace
+from real.validation import compare_cell, find_trace, simulated_spans
 from sim.figures import agreement_figure
 from sim.hardware import make_hardware
 from sim.timeline import Recording, write_timeline
@@ -53,7 +53,8 @@ display(Image(agreement_figure(summary["cells"], machine, out / "figures" / "rea
 # %%
 hardware = make_hardware(json.loads((folder / "hardware.json").read_text()))
 run = read_measured(folder / "olmoe_1b_7b_lru_0p25.json")
-report = compare_cell(run, find_trace(run, folder), hardware)
+trace = find_trace(run, folder)
+report = compare_cell(run, trace, hardware)
 found, real = report.closed_loop.tpot_ns / 1e6, report.measured_tpot_ns / 1e6
 print(f"{report.name}: {real:.2f} ms a token measured, {found:.2f} simulated")
 for part in report.open_loop.components:
@@ -64,10 +65,15 @@ print(f"decisions differ in {report.divergence.differing} of {report.divergence.
 # %% [markdown]
 # ## Both side by side
 #
-# The last steps of both runs as a timeline: drop the file into <https://ui.perfetto.dev>, which reads it in the browser.
+# The last steps of both runs as a timeline, compute stream, host thread and link of each: drop the file into
+# <https://ui.perfetto.dev>, which reads it in the browser.
 
 # %%
 shape, steps = run.cell["model"], int(run.steps["step"].max()) + 1
-logs = {f"{where}: {report.name}": Recording(log) for where, log in zip(("measured", "simulated"), report.logs, strict=True)}
-path = write_timeline(out / "reality.json.gz", logs, shape["layers"], shape["experts"], range(steps - 4, steps))
+measured, simulated = report.logs
+runs = {
+    f"measured: {report.name}": Recording(measured, run.spans),
+    f"simulated: {report.name}": Recording(simulated, simulated_spans(run, trace, hardware)),
+}
+path = write_timeline(out / "reality.json.gz", runs, shape["layers"], shape["experts"], range(steps - 4, steps))
 print(f"{path.name}: {path.stat().st_size:,} bytes")

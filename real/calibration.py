@@ -160,7 +160,8 @@ def gpu_constants(times: GpuTimes) -> dict[str, Entry]:
         "link.h2d": Entry(
             rising({size: found.median for size, found in isolated.items()}),
             "[bytes, ns]",
-            f"isolated copies from registered memory, issued from Python, by events, median of {_counts(isolated.values())}",
+            f"isolated copies from registered memory, issued from Python, by events, median of {_counts(isolated.values())}, "
+            "the quietest of 3 rounds",
             [_pair(found) for _, found in sorted(isolated.items())],
         ),
         "link.h2d_train": _train_entry(times.h2d),
@@ -203,7 +204,7 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         (_, one), (top_k, all_of_them) = ((count, summary(samples).median - mark) for count, samples in times.groups.items())
         waited = one + summary(times.landing_to_experts).median
         expert_ns = max(1.0, (all_of_them - waited) / (top_k - 1))
-        by = f"in the executor's own graphs, median of {len(times.attention_beside)}"
+        by = f"in the executor's own graphs, median of {len(times.attention_beside)}, the quietest of 3 rounds"
         entries |= {
             f"models.{name}.attention": Entry(
                 rising(alone),

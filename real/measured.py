@@ -1,6 +1,7 @@
 """A measured run on disk: one cell of the executor with its times, its decisions and what it ran on.
 
-Three files, NAME.json (what was run and on what), NAME.parquet (one row per step) and NAME.log.json.gz (the decisions).
+Four files, NAME.json (what was run and on what), NAME.parquet (one row per step), NAME.log.json.gz (the decisions) and
+NAME.spans.json.gz (what host thread and compute stream did in the last marked steps).
 The reader rejects what does not fit together and repairs nothing; a file whose cell does not have the hash that it states
 is not to be believed. Torch is not needed.
 """
@@ -21,11 +22,16 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from real.pricing import JUDGED, Log
+from real.timeline import HOST_PARTS, STAMPS, host_per_layer, spans_of
+from sim.reference import Span
 from sim.result import KINDS
 from traces.atomic import write_atomically
 from traces.errors import InputError
 
-FORMAT = "foregate.measured.2"
+FORMAT = "foregate.measured.3"
+
+SHOWN_STEPS = 4
+"""Of so many of the last marked steps the spans are kept."""
 
 PARTS = ("compute_ns", "wait_ns", "host_ns")
 """Columns that add up to `total_ns` in the steps that have them."""
@@ -56,6 +62,7 @@ FIELDS: dict[str, Any] = {
     "link_bytes_per_s": (float, int, type(None)),
     "copy_efficiency": (float, int, type(None)),
     "pass_ns": list,
+    "host_per_layer_ns": (dict, type(None)),
     "decisions_digest": str,
 }
 """Fields of the JSON file and their types; all must be there, and no others."""
@@ -80,8 +87,12 @@ class MeasuredRun(NamedTuple):
     """Rate of copies back to back, measured beside the run."""
     copy_efficiency: float | None = None
     """Rate of the link in bursts of misses, as a share of `link_bytes_per_s`."""
-    pass_ns: Sequence[float] = ()
-    """Mean duration of the timed steps in every pass, ns; empty where it ran once."""
+    pass_ns: Sequence[Sequence[int]] = ()
+    """Duration of every timed step in every pass, ns: of each step `steps` holds the quickest. Empty where that is not known."""
+    host_per_layer_ns: dict[str, dict[str, float]] | None = None
+    """By `real.timeline.HOST_PARTS` the host's ns per layer in the timed steps: ``median``, ``p10``, ``p90``."""
+    spans: tuple[Span, ...] = ()
+    """What compute stream and host thread did in the last `SHOWN_STEPS` marked steps; none where no step was marked."""
 
     @property
     def name(self) -> str:
@@ -155,22 +166,25 @@ def write_measured(folder: str | os.PathLike[str], run: MeasuredRun) -> Path:
         "bytes_by_kind": run.bytes_by_kind,
         "link_bytes_per_s": run.link_bytes_per_s,
         "copy_efficiency": run.copy_efficiency,
-        "pass_ns": list(run.pass_ns),
+        "pass_ns": [list(each) for each in run.pass_ns],
+        "host_per_layer_ns": run.host_per_layer_ns,
         "decisions_digest": decisions_digest(run.log),
     }
     schema = pa.schema([pa.field(name, pa.int64(), nullable=nullable) for name, nullable in COLUMNS.items()])
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.Table.from_pandas(run.steps, schema=schema, preserve_index=False), sink)
-    log = json.dumps([list(entry) for entry in run.log]).encode()
     write_atomically(base.with_suffix(".parquet"), sink.getvalue().to_pybytes())
-    write_atomically(base.with_suffix(".log.json.gz"), gzip.compress(log, mtime=0))
+    for ending, entries in ((".log.json.gz", run.log), (".spans.json.gz", run.spans)):
+        write_atomically(
+            base.with_suffix(ending), gzip.compress(json.dumps([list(entry) for entry in entries]).encode(), mtime=0)
+        )
     path = base.with_suffix(".json")
     write_atomically(path, (json.dumps(fields, indent=1) + "\n").encode())
     return path
 
 
 def read_measured(path: str | os.PathLike[str], cell: Mapping[str, Any] | None = None) -> MeasuredRun:
-    """Return the run in the JSON file `path` and the two beside it.
+    """Return the run in the JSON file `path` and the three beside it.
 
     Raises InputError where something is missing, unknown, of another type or contradicts another part, and where the run is
     not of `cell`, if that is given.
@@ -181,12 +195,14 @@ def read_measured(path: str | os.PathLike[str], cell: Mapping[str, Any] | None =
         raise InputError(f"{path}: the cell does not have the hash that the file states: it was changed after the run")
     if cell is not None and fields["cell_hash"] != cell_hash(cell):
         raise InputError(f"{path}: this is a measurement of another cell than '{cell['name']}' as it is configured now")
-    log = _read_log(path.with_suffix(".log.json.gz"))
+    log: Log = _read_entries(path.with_suffix(".log.json.gz"), _LOG_ENTRY)
     if decisions_digest(log) != fields["decisions_digest"]:
         raise InputError(f"{path}: the decisions do not have the digest that the file states")
     steps = _read_steps(path.with_suffix(".parquet"))
-    fields["pass_ns"] = tuple(fields["pass_ns"])
-    run = MeasuredRun(steps=steps, log=log, **{name: fields[name] for name in MeasuredRun._fields if name in fields})
+    spans = tuple(Span(*entry) for entry in _read_entries(path.with_suffix(".spans.json.gz"), _SPAN_ENTRY))
+    fields["pass_ns"] = tuple(tuple(each) for each in fields["pass_ns"])
+    known = {name: fields[name] for name in MeasuredRun._fields if name in fields}
+    run = MeasuredRun(steps=steps, log=log, spans=spans, **known)
     _check(path, run)
     return run
 
@@ -221,8 +237,11 @@ def _read_fields(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {name} is missing")
         if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
             raise InputError(f"{path}: {name} is {fields[name]!r}")
-    if not all(isinstance(each, (int, float)) and each > 0 for each in fields["pass_ns"]):
-        raise InputError(f"{path}: pass_ns is {fields['pass_ns']!r}: it must be a list of durations in ns")
+    if not all(isinstance(each, list) and all(type(ns) is int and ns > 0 for ns in each) for each in fields["pass_ns"]):
+        raise InputError(f"{path}: pass_ns must hold a list of durations in ns, whole and above 0, for every pass")
+    host = fields["host_per_layer_ns"]
+    if host is not None and not (sorted(host) == sorted(HOST_PARTS) and all(map(_is_spread, host.values()))):
+        raise InputError(f"{path}: host_per_layer_ns must have median, p10 and p90 of {', '.join(HOST_PARTS)}")
     for name in fields:
         if name not in FIELDS:
             raise InputError(f"{path}: {name} is no field of a measured run")
@@ -231,19 +250,32 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_log(path: Path) -> Log:
+def _is_spread(part: Any) -> bool:
+    if not isinstance(part, dict) or sorted(part) != ["median", "p10", "p90"]:
+        return False
+    return (
+        all(isinstance(each, (int, float)) for each in part.values()) and 0 <= part["p10"] <= part["median"] <= part["p90"]
+    )
+
+
+_LOG_ENTRY = {"ns": int, "what": str, "key": int, "event": int}
+_SPAN_ENTRY = {"resource": str, "what": str, "start": int, "end": int, "key": int, "event": int}
+
+
+def _read_entries(path: Path, fields: Mapping[str, type]) -> list[Any]:
+    """Return a packed list of entries that have these fields, as tuples. Raises InputError."""
     try:
-        log = json.loads(gzip.decompress(path.read_bytes()))
+        entries = json.loads(gzip.decompress(path.read_bytes()))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or 'not a gzip file'}") from error
     except (ValueError, EOFError) as error:
         raise InputError(f"{path}: not a whole log") from error
-    shape = (int, str, int, int)
-    if not isinstance(log, list) or not all(
-        isinstance(entry, list) and len(entry) == 4 and all(map(isinstance, entry, shape)) for entry in log
+    kinds = tuple(fields.values())
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, list) and len(entry) == len(kinds) and all(map(isinstance, entry, kinds)) for entry in entries
     ):
-        raise InputError(f"{path}: entries must be [ns, what, key, event]")
-    return [tuple(entry) for entry in log]
+        raise InputError(f"{path}: entries must be [{', '.join(fields)}]")
+    return [tuple(entry) for entry in entries]
 
 
 def _read_steps(path: Path) -> pd.DataFrame:
@@ -288,6 +320,17 @@ def _check(path: Path, run: MeasuredRun) -> None:
     for name, what in zip(("hits", "late_hits", "misses"), JUDGED, strict=True):
         if steps[name].tolist() != counted[what][first:].tolist():
             raise InputError(f"{path}: {name} are not those of the decisions")
+    shown = parts[-SHOWN_STEPS:] if run.spans else parts[:0]
+    spent = {name: dict.fromkeys(shown["step"].tolist(), 0) for name in ("compute", "wait")}
+    for span in run.spans:
+        step = span.event // layers
+        if step not in spent["wait"]:
+            raise InputError(f"{path}: the spans must be of the last {SHOWN_STEPS} marked steps")
+        if span.resource == "compute" and span.what != "host":
+            spent["wait" if span.what == "wait" else "compute"][step] += span.end - span.start
+    for name, by_step in spent.items():
+        if list(by_step.values()) != shown[f"{name}_ns"].tolist():
+            raise InputError(f"{path}: the spans do not add up to {name}")
 
 
 def _counts(log: Log, layers: int, steps: int) -> dict[str, Any]:
@@ -302,11 +345,17 @@ def _counts(log: Log, layers: int, steps: int) -> dict[str, Any]:
 
 
 def from_replay(
-    cell: Mapping[str, Any], row: Mapping[str, Any], log: Log, decode: Any, trace_hash: str, driver: str | None = None
+    cell: Mapping[str, Any],
+    row: Mapping[str, Any],
+    log: Log,
+    decode: Any,
+    trace_hash: str,
+    times: Mapping[str, Any] | None = None,
 ) -> MeasuredRun:
     """Return a cell that `real.replay` ran as a measured run; `decode` [S] says which of the workload's steps make tokens.
 
-    Raises InputError where the result is not of this cell.
+    `times` are its ``stamps`` and ``marks`` (`real.timeline`), from its first step. Raises InputError where the result is
+    not of this cell.
     """
     same = {"cell": "name", "warmup": "warmup", "timed": "steps", "marked": "marked"}
     for of_row, of_cell in same.items():
@@ -326,38 +375,53 @@ def from_replay(
         cell=json.loads(json.dumps(cell)),
         trace_hash=trace_hash,
         device=row["device"],
-        driver=driver,
+        driver=row.get("driver"),
         versions={"torch": row["torch"]},
         steps=steps,
         log=log,
         bytes_by_kind={kind: int(row["bytes_by_kind"][kind]) for kind in KINDS},
         link_bytes_per_s=_finite(row.get("link_bytes_per_s")),
         copy_efficiency=_finite(row.get("copy_efficiency")),
-        pass_ns=tuple(float(each) for each in row.get("pass_ns_mean", ()) if np.isfinite(each)),
+        pass_ns=tuple(tuple(each) for each in row.get("pass_ns", ())),
+        **({} if times is None else _host_and_spans(cell, times)),
     )
 
 
-_LOG_COLUMNS = ("ns", "what", "key", "event")
+def _host_and_spans(cell: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:
+    stamps = np.asarray(times["stamps"], np.int64).reshape(-1, cell["model"]["layers"], len(STAMPS))
+    marks = np.asarray(times["marks"], np.int64).reshape(-1, 4)
+    first, last = cell["warmup"], cell["warmup"] + cell["steps"]
+    shown = range(max(last, last + cell["marked"] - SHOWN_STEPS), last + cell["marked"])
+    return {
+        "host_per_layer_ns": host_per_layer(stamps[first:last]) if cell["steps"] else None,
+        "spans": tuple(Span(*span) for span in spans_of(stamps, marks, shown, shared=cell["model"]["shared_width"] > 0)),
+    }
 
 
-def replay_results(folder: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Log]]:
-    """Give row and log of every cell that `real.replay` finished in `folder`. Raises InputError where it finished none."""
+def replay_results(folder: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Log, dict[str, Any]]]:
+    """Give row, log and times of every cell that `real.replay` finished in `folder`: the arguments of `from_replay`.
+
+    Raises InputError where it finished none.
+    """
     folder = Path(folder)
     try:
         rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         with gzip.open(folder / "decisions.jsonl.gz", "rt") as file:
-            logs = {entry["cell"]: [entry[name] for name in _LOG_COLUMNS] for entry in map(json.loads, file)}
+            logs = {entry["cell"]: [entry[name] for name in _LOG_ENTRY] for entry in map(json.loads, file)}
+        with gzip.open(folder / "stamps.jsonl.gz", "rt") as file:
+            times = {entry["cell"]: entry for entry in map(json.loads, file)}
     except OSError as error:
         raise InputError(f"{error.filename or folder}: {error.strerror or 'cannot be read'}") from error
     except (ValueError, EOFError, KeyError) as error:
-        raise InputError(f"{folder}: results.jsonl or decisions.jsonl.gz is damaged") from error
+        raise InputError(f"{folder}: results.jsonl, decisions.jsonl.gz or stamps.jsonl.gz is damaged") from error
     done = {row["cell"]: row for row in rows if "error" not in row}  # a cell that ran again counts as it ran last
     if not done:
         raise InputError(f"{folder}: no cell was finished")
     for name, row in done.items():
-        if name not in logs:
-            raise InputError(f"{folder}: the decisions of '{name}' are missing")
-        yield row, list(zip(*logs[name], strict=True))
+        for found, what in ((logs, "decisions"), (times, "stamps")):
+            if name not in found:
+                raise InputError(f"{folder}: the {what} of '{name}' are missing")
+        yield row, list(zip(*logs[name], strict=True)), times[name]
 
 
 def _finite(value: float | None) -> float | None:

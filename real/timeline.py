@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +20,22 @@ STAMPS = ("begin", "gate_issued", "routed", "decided", "experts_issued")
 """Host stamps of every (step, layer): it begins to issue attention and gate; has issued them; knows the routed experts; has
 decided and fed the link; has issued the experts."""
 
+HOST_PARTS = ("issue_gate", "await_gate", "decide_and_feed", "issue_experts", "between_layers")
+"""What the host thread does in a layer, from stamp to stamp and on to the next layer's first: it issues attention and gate;
+waits for the gate's result, which is no work; decides and starts the first demand; issues the experts, further demands,
+prediction and prefetches; feeds the link on the way to the next layer (between steps this is not counted)."""
+
 MARKS = ("attention", "gate", "decide", "wait", "start", "end", "head", "step_end")
 """Places in the compute stream: before attention; after the gate; after the shared experts; before it waits for a transfer;
 before and after a group of experts; before and after the head."""
 
 _ATTENTION, _GATE, _DECIDE, _WAIT, _START, _END, _HEAD, _STEP_END = range(len(MARKS))
+
+_AFTER_MARK = ("attention", "shared", "host", "wait", "experts", "host", "step", "host")
+"""What the compute stream does from a mark to the next one, by mark; `host` where it stands still for the host thread."""
+
+Spans = list[tuple[str, str, int, int, int, int]]
+"""Fields of `sim.reference.Span`, whose key is -1: a group of experts is one span, ``experts``."""
 
 
 class DeviceTimes(NamedTuple):
@@ -167,9 +179,7 @@ class Timeline:
 
     def host_parts(self, steps: slice) -> dict[str, float]:
         """Return median host ns per layer by what they were spent on; waiting for the gate is not work."""
-        parts = np.diff(self.stamps[steps], axis=2)
-        names = ("issue_gate", "await_gate", "decide_and_feed", "issue_experts")
-        return {name: float(np.median(parts[:, :, place])) for place, name in enumerate(names)}
+        return {part: found["median"] for part, found in host_per_layer(self.stamps[steps]).items()}
 
     def device_marks(self) -> Ints:
         """[marks, 4] step, layer, index into `MARKS`, host-clock ns; in stream order."""
@@ -215,3 +225,46 @@ class Timeline:
                 moved += int(train[:, 1].sum())
                 spent += int(train[-1, 4] - train[0, 3])
         return busy, moved / spent * 1e9 if spent else float("nan")
+
+
+# ---- from stamps and marks that were kept ------------------------------------------------------------------------
+
+
+def host_per_layer(stamps: Ints) -> dict[str, dict[str, float]]:
+    """Return ``median``, ``p10`` and ``p90`` over all layers of `stamps` [S, L, len(STAMPS)] of each of `HOST_PARTS`, ns.
+
+    NaN where there is no layer.
+    """
+    inside = np.diff(stamps, axis=2)
+    between = stamps[:, 1:, 0] - stamps[:, :-1, -1]
+    found = {}
+    for name, spent in zip(HOST_PARTS, (*np.moveaxis(inside, 2, 0), between), strict=True):
+        p10, median, p90 = np.percentile(spent, (10, 50, 90)) if spent.size else (np.nan,) * 3
+        found[name] = {"median": float(median), "p10": float(p10), "p90": float(p90)}
+    return found
+
+
+def spans_of(stamps: Ints, marks: Ints, steps: range, *, shared: bool) -> Spans:
+    """Return what host thread and compute stream did in `steps`, which were all marked, by resource in order of time.
+
+    `stamps` [S, L, len(STAMPS)] are of the steps from the first, `marks` [marks, 4] as `Timeline.device_marks` returns them;
+    `shared` says whether the model has shared experts.
+    """
+    layers = stamps.shape[1]
+    chosen = marks[(marks[:, 0] >= steps.start) & (marks[:, 0] < steps.stop)]
+    if not shared:
+        chosen = chosen[chosen[:, 2] != _GATE]
+    found = []
+    for (step, layer, kind, start), (*_, end) in pairwise(chosen.tolist()):
+        found.append(("compute", _AFTER_MARK[kind], start, end, -1, step * layers + layer))
+    rows: list[list[int]] = stamps[steps.start : steps.stop].reshape(-1, len(STAMPS)).tolist()
+    following: list[list[int]] = [*rows[1:], []]
+    for event, ((begin, gate_issued, routed, decided, issued), after) in enumerate(
+        zip(rows, following, strict=True), start=steps.start * layers
+    ):
+        found.append(("host", "gate", begin, gate_issued, -1, event))
+        found.append(("host", "decide", routed, decided, -1, event))
+        found.append(("host", "issue", decided, issued, -1, event))
+        if after and event % layers == layers - 1:
+            found.append(("host", "step", issued, after[0], -1, event))
+    return [span for span in found if span[3] > span[2]]

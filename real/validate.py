@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from real.measured import MeasuredRun, from_replay, read_folder, replay_results, write_measured
-from real.validation import CellReport, compare_cell, find_trace, in_order, of_bound, ranking, summary
+from real.validation import CellReport, compare_cell, find_trace, in_order, of_bound, ranking, simulated_spans, summary
 from sim import store
 from sim.config import Config, check_config, check_types, compose_config
 from sim.experiment import workload_of
@@ -55,7 +55,7 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     hardware = make_hardware(config["hardware"] if own is None or not own.is_file() else read_json(own))
     reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
     timeline = Path(config["timeline"] or results / "timeline.json.gz")
-    _write_timeline(timeline, reports[-1], next(run for run, _ in runs if run.name == reports[-1].name))
+    _write_timeline(timeline, reports[-1], *next(each for each in runs if each[0].name == reports[-1].name), hardware)
     return reports, hardware, timeline
 
 
@@ -106,42 +106,48 @@ def _stored(folder: Path, cells_file: str | None) -> list[Run]:
         raise InputError(f"cells: there is no file {path}; name the cells.json that was run")
     cells = {cell.name: asdict(cell) for cell in read_cells(path)}
     runs = []
-    for row, log in replay_results(folder):
+    for row, log, times in replay_results(folder):
         if row["cell"] not in cells:
             raise InputError(f"{path}: there is no cell '{row['cell']}', but a result of it")
-        runs.append(_as_run(cells[row["cell"]], row, log))
+        runs.append(_as_run(cells[row["cell"]], row, log, times))
     return runs
 
 
-def _as_run(cell: dict[str, Any], row: dict[str, Any], log: Any, driver: str | None = None) -> Run:
+def _as_run(cell: dict[str, Any], row: dict[str, Any], log: Any, times: dict[str, Any]) -> Run:
     trace = load_trace(cell["trace"])
     decode = make_workload(trace, **cell["workload"]).decode
-    return from_replay({**cell, "trace": Path(cell["trace"]).name}, row, log, decode, trace.hash, driver), trace
+    return from_replay({**cell, "trace": Path(cell["trace"]).name}, row, log, decode, trace.hash, times), trace
 
 
 def _measure(
     config: Config, overrides: Sequence[str], config_dir: str | None, results: Path, where: str = "cuda"
 ) -> list[Run]:
-    """Run the three anchors and the config's system on the GPU and keep the runs."""
+    """Run the three anchors and the config's system on the GPU, passes in turn, and keep the runs.
+
+    Raises InputError where a cell failed in a pass; the others are kept.
+    """
     if config_dir is not None:
         raise InputError("--config-dir: cells for the GPU are made from the options of foregate's own conf/ only")
-    from real.calibration import gpu_facts
-    from real.replay import Model, run_cell
+    from real.replay import Model, Passes, merged, times_of
 
     results.mkdir(parents=True, exist_ok=True)
     cells = _cells(config, overrides, results.resolve())
-    driver = gpu_facts()["driver"] if where == "cuda" else None
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    passes = Passes(cells)
     model = Model(cells[0].shape, where)
     try:
-        runs = []
-        for cell in (replace(cell, passes=1) for cell in cells):
-            measured = run_cell(cell, model)
-            run = _as_run(asdict(cell), measured.row, measured.log, driver)
-            write_measured(results, run[0])
-            runs.append(run)
-        return runs
+        passes.run(model, lambda text: errors.print(text, markup=False))
     finally:
         model.close()
+    runs = []
+    for cell in cells:
+        if cell.name not in passes.failed:
+            measured = merged(passes.done[cell.name])
+            runs.append(_as_run(asdict(cell), measured.row, measured.log, times_of(measured.timeline)))
+            write_measured(results, runs[-1][0])
+    if passes.failed:
+        raise InputError("; ".join(f"'{name}' failed in {why}" for name, why in passes.failed.items()))
+    return runs
 
 
 def _cells(config: Config, overrides: Sequence[str], folder: Path) -> list[Any]:
@@ -184,11 +190,12 @@ def _has_gpu() -> bool:
 # ---- what comes out ----------------------------------------------------------------------------------------------
 
 
-def _write_timeline(path: Path, report: CellReport, run: MeasuredRun) -> None:
+def _write_timeline(path: Path, report: CellReport, run: MeasuredRun, trace: Trace, hardware: Hardware) -> None:
     """Write four steps of the report's two runs side by side."""
     model, last = run.cell["model"], int(run.steps["step"].max()) + 1
     names = (f"measured: {report.name}", f"simulated: {report.name}")
-    runs = {name: Recording(log) for name, log in zip(names, report.logs, strict=True)}
+    spans = run.spans, simulated_spans(run, trace, hardware)
+    runs = dict(zip(names, map(Recording, report.logs, spans), strict=True))
     write_timeline(path, runs, model["layers"], model["experts"], range(max(0, last - 4), last))
 
 

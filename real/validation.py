@@ -18,6 +18,7 @@ from real.systems import cell_system
 from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import run_engine
 from sim.hardware import Hardware
+from sim.reference import Span, run_reference
 from sim.result import StepTimes
 from sim.workload import Workload, make_workload
 from traces import Trace, bundled, load_trace
@@ -80,8 +81,12 @@ class CellReport(NamedTuple):
     """The simulator decides: what differs is everything."""
     divergence: Divergence
     spread_ns: float
-    """Half of the range in which the passes' means lie."""
+    """By how much the measured TPOT would at most be longer without one of the passes."""
+    median_tpot_ns: float
+    """Measured TPOT with every step's median over the passes in place of its quickest."""
     copy_efficiency: float | None
+    host_per_layer_ns: dict[str, dict[str, float]] | None
+    """As in `real.measured.MeasuredRun`."""
     logs: tuple[Log, Log]
     """The executor's and the simulator's."""
 
@@ -92,16 +97,9 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
     A cell that was preloaded is simulated without transfers: its link is free. Raises InputError where `trace` is not the
     one that was run, or is too short.
     """
-    if trace.hash != run.trace_hash:
-        raise InputError(
-            f"'{run.name}' was measured on another trace: it has the hash {run.trace_hash[:12]}, not {trace.hash[:12]}"
-        )
-    whole = make_workload(trace, **run.cell["workload"])
-    workload = first_steps(whole, int(run.steps["step"].max()) + 1)
-    costs = cell_costs(run.cell, hardware, workload)
+    whole, workload, costs, free = _as_simulated(run, trace, hardware)
     system = cell_system(run.cell, whole)
     priced = price(run.log, workload, costs, system)
-    free = with_free_link(costs) if run.cell["preload"] else costs
     log: list[tuple[Any, ...]] = []
     simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, free, log)
     link_busy = price(log, workload, free, system).link_busy_ns
@@ -114,10 +112,32 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
         open_loop=_loop(run, priced.steps, priced.link_busy_ns),
         closed_loop=_loop(run, simulated.steps, link_busy),
         divergence=divergence(run.log, log, workload.events.total),
-        spread_ns=(max(run.pass_ns) - min(run.pass_ns)) / 2 if run.pass_ns else 0.0,
+        spread_ns=_spread_ns(run),
+        median_tpot_ns=_median_tpot(run),
         copy_efficiency=run.copy_efficiency,
+        host_per_layer_ns=run.host_per_layer_ns,
         logs=(run.log, log),
     )
+
+
+def simulated_spans(run: MeasuredRun, trace: Trace, hardware: Hardware) -> list[Span]:
+    """Return what every resource does in the closed loop of `compare_cell`, by the reference engine. Raises InputError."""
+    whole, workload, _, free = _as_simulated(run, trace, hardware)
+    spans: list[Span] = []
+    run_reference(cell_system(run.cell, whole), workload, free, spans=spans)
+    return spans
+
+
+def _as_simulated(run: MeasuredRun, trace: Trace, hardware: Hardware) -> tuple[Workload, Workload, Costs, Costs]:
+    """Return the trace's whole workload, its steps that were measured, and what they cost: as they are, as simulated."""
+    if trace.hash != run.trace_hash:
+        raise InputError(
+            f"'{run.name}' was measured on another trace: it has the hash {run.trace_hash[:12]}, not {trace.hash[:12]}"
+        )
+    whole = make_workload(trace, **run.cell["workload"])
+    workload = first_steps(whole, int(run.steps["step"].max()) + 1)
+    costs = cell_costs(run.cell, hardware, workload)
+    return whole, workload, costs, with_free_link(costs) if run.cell["preload"] else costs
 
 
 def anchor_of(cell: Mapping[str, Any]) -> str | None:
@@ -208,6 +228,7 @@ def summary(
     """Return the figures of a validation; those that were not measured are None. Errors are of the closed loop's TPOT."""
     ranks = ranking(reports)
     errors = [abs(report.closed_loop.error) for report in reports]
+    of_medians = [abs(report.closed_loop.tpot_ns / report.median_tpot_ns - 1) for report in reports]
     efficiencies = [report.copy_efficiency for report in reports if report.copy_efficiency is not None]
     return {
         "cells": [
@@ -216,14 +237,17 @@ def summary(
                 "anchor": report.anchor,
                 "measured_tpot_ns": report.measured_tpot_ns,
                 "spread_ns": report.spread_ns,
+                "median_tpot_ns": report.median_tpot_ns,
                 "simulated_tpot_ns": report.closed_loop.tpot_ns,
                 "priced_tpot_ns": report.open_loop.tpot_ns,
                 "error": report.closed_loop.error,
+                "host_per_layer_ns": report.host_per_layer_ns,
             }
             for report in reports
         ],
         "mean_error": float(np.mean(errors)) if errors else None,
         "worst_error": max(errors, default=None),
+        "mean_error_of_medians": float(np.mean(of_medians)) if of_medians else None,
         "kendall_tau": ranks.tau_of_all,
         "kendall_tau_of_pairs_apart": ranks.tau,
         "pairs": ranks.pairs,
@@ -301,6 +325,18 @@ def _loop(run: MeasuredRun, steps: StepTimes, link_busy_ns: Ints) -> Loop:
             measured, found = float(marked[f"{name}_ns"].mean()), float(parts[name][places].mean())
             components.append(Component(name, measured, found, (found - measured) / total))
     return Loop(simulated, simulated / _tpot(run) - 1, components)
+
+
+def _spread_ns(run: MeasuredRun) -> float:
+    passes = np.array(run.pass_ns, float)
+    if len(passes) < 2:
+        return 0.0
+    without_one = [np.delete(passes, number, axis=0).min(axis=0).mean() for number in range(len(passes))]
+    return float(max(without_one) - passes.min(axis=0).mean())
+
+
+def _median_tpot(run: MeasuredRun) -> float:
+    return float(np.median(run.pass_ns, axis=0).mean()) if run.pass_ns else _tpot(run)
 
 
 def _tpot(run: MeasuredRun) -> float:

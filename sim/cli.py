@@ -133,10 +133,10 @@ def _report(words: list[str]) -> int:
     if config is None:
         return 0
     from real.validate import ground_truth
-    from sim.html import NAMES, Measured, select_rows, write_figures, write_report
+    from sim.html import NAMES, OF_CELLS, Measured, no_rows, select_rows, write_figures, write_report
 
     measured = [Measured(machine, summary) for machine, summary in ground_truth()]
-    chosen = select_rows(config["results"], config["select"])
+    chosen = no_rows() if config["figure"] in OF_CELLS else select_rows(config["results"], config["select"])
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     if config["figure"] is None:
         with _Progress("figures", "{done} of {total} figures drawn") as progress:

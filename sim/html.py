@@ -17,15 +17,15 @@ from policies.system import AXES
 from sim import store
 from sim.bootstrap import FEWEST_REQUESTS
 from sim.config import Config
-from sim.figures import FIGURES, agreement_figure
+from sim.figures import FIGURES, agreement_figure, host_figure
 from sim.figures.style import DPI
 from sim.hardware import TAGS, make_hardware
 from sim.report import SETTING, SYNTHETIC, notes, ranked, ranking_html, records, setting, split, synthetic
 from traces.atomic import write_atomically
 from traces.errors import InputError, nearest
 
-VALIDATION = "validation"
-"""The figure that is drawn from measurements instead of rows."""
+OF_CELLS = {"validation": agreement_figure, "host_time": host_figure}
+"""Figures that are drawn from measured cells instead of rows."""
 
 
 class Measured(NamedTuple):
@@ -65,6 +65,11 @@ def select_rows(results: str | Path, select: Mapping[str, Any]) -> Selected:
     return Selected(
         kept.iloc[sorted(range(len(kept)), key=settings.__getitem__)].reset_index(drop=True), len(rows) - len(kept)
     )
+
+
+def no_rows() -> Selected:
+    """Return what the figures `OF_CELLS` need of the store: nothing."""
+    return Selected(pd.DataFrame(), 0)
 
 
 def _by_number(text: str) -> list[tuple[str, float]]:
@@ -155,7 +160,8 @@ _TITLES = {
     "crossover": "Which system wins at which link and budget?",
     "miss_curve": "How many experts would a cache miss, without prefetch and without time?",
     "prediction_by_layer": "How much of each layer is foretold?",
-    VALIDATION: "How wrong is the simulation?",
+    "validation": "How wrong is the simulation?",
+    "host_time": "What does the host thread do in a layer?",
 }
 """The question that each figure answers."""
 
@@ -164,13 +170,13 @@ NAMES = tuple(_TITLES)
 
 
 def _draw(name: str, rows: pd.DataFrame, measured: Sequence[Measured], *paths: Path) -> None:
-    if name != VALIDATION:
+    if name not in OF_CELLS:
         FIGURES[name](rows, *paths)
         return
     if not measured:
         raise InputError("no measurements are committed yet")
     cells = [{**cell, "name": _cell_name(cell, one, measured)} for one in measured for cell in one.summary["cells"]]
-    agreement_figure(cells, ", ".join(one.machine for one in measured), *paths)
+    OF_CELLS[name](cells, ", ".join(one.machine for one in measured), *paths)
 
 
 def _cell_name(cell: Mapping[str, Any], one: Measured, measured: Sequence[Measured]) -> str:

@@ -1,7 +1,8 @@
 """Timelines: runs as a Chrome trace (.json.gz), which Perfetto opens, several side by side in one file.
 
 A run is told by its log: the words of the engines' and of the executor's logs are the same. A simulated run is told by the
-reference engine's spans too, which say what every resource did in every nanosecond.
+reference engine's spans too, which say what every resource did in every nanosecond; a measured one by what its device marks
+say of the compute stream and its stamps of the host thread.
 """
 
 from __future__ import annotations
@@ -34,9 +35,17 @@ _COMPUTE = {
     "wait": "wait for a transfer",
     "attention": "attention and gate",
     "shared": "shared experts",
+    "experts": "experts",
     "step": "head",
 }
-_HOST = {"gate": "issue gate", "experts": "decide, issue experts", "ahead": "look ahead", "step": "issue head"}
+_HOST = {
+    "gate": "issue gate",
+    "decide": "decide",
+    "issue": "issue experts",
+    "experts": "decide, issue experts",
+    "ahead": "look ahead",
+    "step": "issue head",
+}
 
 
 class Recording(NamedTuple):
@@ -45,7 +54,7 @@ class Recording(NamedTuple):
     log: Sequence[Sequence[Any]]
     """Entries (ns, what, key, event)."""
     spans: Sequence[Span] = ()
-    """Of a simulated run: what its resources did."""
+    """What its resources did; of a measured run, host thread and compute stream in its last marked steps."""
 
 
 class _Transfer:
@@ -193,7 +202,7 @@ class _Writer:
         A log alone says when a transfer was started and when it landed: what was started while another one moved began,
         at the earliest, when that one landed.
         """
-        if not self.spans:
+        if not any(span.resource == "link" for span in self.spans):
             free = 0
             for transfer in sorted(self.transfers, key=lambda one: (one.ended or 0, one.started)):
                 if transfer.ended is not None:

@@ -16,6 +16,7 @@ from sim.figures import (
     agreement_figure,
     budget_figure,
     crossover_figure,
+    host_figure,
     miss_figure,
     prediction_figure,
     ranking_figure,
@@ -223,6 +224,28 @@ def test_the_validation_figure_shows_every_cell(tmp_path, drawn):
     assert [label.get_text() for label in right.get_yticklabels()] == ["lru", "fate", "all resident"]
     assert right.get_title(loc="left") == "error of a step: mean 50.0%, worst 50.0%"
     assert list(right.get_lines()[-2].get_xdata()) == [0.25] * 3
+
+
+def test_the_host_figure_stacks_what_a_layer_consists_of(tmp_path, drawn):
+    def spread(median):
+        return {"median": median, "p10": 0.5 * median, "p90": 2.0 * median}
+
+    parts = {"issue_gate": 5e3, "await_gate": 80e3, "decide_and_feed": 20e3, "issue_experts": 30e3, "between_layers": 1e3}
+    host = {name: spread(ns) for name, ns in parts.items()}
+    cells = [
+        {"name": "lru", "anchor": None, "host_per_layer_ns": host},
+        {"name": "of older code", "anchor": None, "host_per_layer_ns": None},
+        {"name": "all resident", "anchor": "all resident", "host_per_layer_ns": host},
+    ]
+    host_figure(cells, "a machine", tmp_path / "host.png")
+    left, right = drawn[0].axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["lru", "all resident"]
+    assert [bar.get_x() for bar in left.patches] == [0, 0, 5, 5, 25, 25, 55, 55]
+    assert [bar.get_width() for bar in left.patches] == [5, 5, 20, 20, 30, 30, 1, 1]
+    assert [bar.get_width() for bar in right.patches] == [80, 80]
+    assert right.collections[0].get_segments()[0][:, 0].tolist() == [40, 160]
+    with pytest.raises(InputError, match="no measured cell says its host time per layer"):
+        host_figure(cells[1:2], "a machine", tmp_path / "none.png")
 
 
 def test_only_ceilings_are_hatched(tmp_path, drawn):

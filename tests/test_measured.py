@@ -9,6 +9,8 @@ import pytest
 from measuring import SHAPE, cell_of, machine, measured_on
 
 from real.measured import from_replay, read_folder, read_measured, replay_results, write_measured
+from real.timeline import HOST_PARTS, MARKS
+from sim.reference import Span
 from traces.errors import InputError
 
 RUN = measured_on(machine(), cell_of())
@@ -36,7 +38,8 @@ def test_a_run_comes_back_as_it_was_written(path, tmp_path):
     pd.testing.assert_frame_equal(found.steps, RUN.steps)
     assert found._replace(steps=None) == RUN._replace(steps=None)
     assert [run.name for run in read_folder(tmp_path)] == ["cell"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cell.json", "cell.log.json.gz", "cell.parquet"]
+    files = ["cell.json", "cell.log.json.gz", "cell.parquet", "cell.spans.json.gz"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
 
 
 def test_timed_and_marked_steps_are_told_apart():
@@ -59,10 +62,20 @@ def test_another_cell_than_the_present_one_is_refused(path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"format": "foregate.measured.0"}, "not a measured run of the format foregate.measured.2"),
+        ({"format": "foregate.measured.0"}, "not a measured run of the format foregate.measured.3"),
         ({"device": 7}, "device is 7"),
         ({"extra": 1}, "extra is no field of a measured run"),
         ({"bytes_by_kind": {"demand": 1}}, "bytes_by_kind must be those of demand, useful, late, wasted, refresh"),
+        (
+            {"host_per_layer_ns": {"await_gate": {"median": 2, "p10": 1, "p90": 3}}},
+            "host_per_layer_ns must have median, p10 and p90 of issue_gate, await_gate, decide_and_feed, issue_experts, "
+            "between_layers",
+        ),
+        (
+            {"host_per_layer_ns": {part: {"median": 2, "p10": 3, "p90": 3} for part in HOST_PARTS}},
+            "host_per_layer_ns must have median, p10 and p90 of issue_gate, await_gate, decide_and_feed, issue_experts, "
+            "between_layers",
+        ),
         ({"decisions_digest": "0"}, "the decisions do not have the digest that the file states"),
     ],
 )
@@ -113,6 +126,35 @@ def test_steps_that_contradict_the_rest(tmp_path, columns, sentence):
     assert refusal(write_measured(tmp_path, RUN._replace(steps=changed_steps(**columns)))) == sentence
 
 
+def spans_of_steps(steps, **changes):
+    """Return spans of RUN that add up in `steps`, a span of compute and one of waiting in each, but for `changes`."""
+    found = []
+    for step in steps:
+        parts = {name: int(RUN.steps.set_index("step").loc[step, f"{name}_ns"]) for name in ("compute", "wait")} | changes
+        found.append(("compute", "experts", 0, parts["compute"], -1, 3 * step))
+        found.append(("compute", "wait", 0, parts["wait"], -1, 3 * step + 2))
+    return tuple(Span(*span) for span in found)
+
+
+def test_spans_of_the_last_marked_steps_are_kept(tmp_path):
+    run = RUN._replace(spans=spans_of_steps(range(26, 30)))
+    assert read_measured(write_measured(tmp_path, run)).spans == run.spans
+
+
+@pytest.mark.parametrize(
+    ("spans", "sentence"),
+    [
+        (spans_of_steps(range(25, 30)), "the spans must be of the last 4 marked steps"),
+        (spans_of_steps(range(27, 30)), "the spans do not add up to compute"),
+        (spans_of_steps(range(26, 30), compute=1), "the spans do not add up to compute"),
+        (spans_of_steps(range(26, 30), wait=10**9), "the spans do not add up to wait"),
+        ((Span("compute", "wait", 0.5, 1, -1, 90),), "entries must be [resource, what, start, end, key, event]"),
+    ],
+)
+def test_spans_that_contradict_the_steps(tmp_path, spans, sentence):
+    assert refusal(write_measured(tmp_path, RUN._replace(spans=spans))) == sentence
+
+
 def test_a_folder_without_runs(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(InputError, match="there is no measured run"):
@@ -147,10 +189,35 @@ def replay_row():
     }
 
 
+REPLAYED = (RUN.cell, RUN.log, np.ones(30, bool), RUN.trace_hash)
+
+
 def test_a_cell_that_the_executor_ran_becomes_a_measured_run():
     found = from_replay(RUN.cell, replay_row(), RUN.log, np.ones(30, bool), RUN.trace_hash)
     pd.testing.assert_frame_equal(found.steps, RUN.steps)
     assert found._replace(steps=None) == RUN._replace(steps=None)
+    assert from_replay(*REPLAYED[:1], {**replay_row(), "driver": "580.1"}, *REPLAYED[1:]).driver == "580.1"
+
+
+def test_host_time_and_spans_come_from_stamps_and_marks():
+    """Of 30 steps of 3 layers: host parts of the timed steps, spans of the last marked ones."""
+    stamps = np.arange(30 * 3 * 5).reshape(30, 3, 5) * 10
+    stamps[22:] *= 2  # marked steps, which do not count
+    marks = [
+        (step, layer, MARKS.index(kind), 1000 * step + 10 * place)
+        for step in range(22, 30)
+        for place, (layer, kind) in enumerate([(0, "attention"), (0, "gate"), (0, "start"), (2, "head"), (2, "step_end")])
+    ]
+    found = from_replay(*REPLAYED[:1], replay_row(), *REPLAYED[1:], {"stamps": stamps.tolist(), "marks": marks})
+    assert found.host_per_layer_ns == {part: {"median": 10, "p10": 10, "p90": 10} for part in HOST_PARTS}
+    assert [span[1:] for span in found.spans if span[0] == "compute"][:5] == [
+        ("attention", 26000, 26020, -1, 78),  # there are no shared experts
+        ("experts", 26020, 26030, -1, 78),
+        ("step", 26030, 26040, -1, 80),
+        ("host", 26040, 27000, -1, 80),
+        ("attention", 27000, 27020, -1, 81),
+    ]
+    assert {span[5] // 3 for span in found.spans} == {26, 27, 28, 29}
 
 
 @pytest.mark.parametrize(
@@ -176,5 +243,11 @@ def test_results_are_read_as_the_executor_writes_them(tmp_path):
     with gzip.open(tmp_path / "decisions.jsonl.gz", "wt") as file:
         columns = dict(zip(("ns", "what", "key", "event"), zip(*RUN.log, strict=True), strict=True))
         file.write(json.dumps({"cell": "cell", **columns}) + "\n")
-    ((row, log),) = replay_results(tmp_path)
-    assert (row["cell"], log) == ("cell", RUN.log)
+    with gzip.open(tmp_path / "stamps.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"cell": "another", "stamps": [], "marks": []}) + "\n")
+    with pytest.raises(InputError, match="the stamps of 'cell' are missing"):
+        list(replay_results(tmp_path))
+    with gzip.open(tmp_path / "stamps.jsonl.gz", "at") as file:
+        file.write(json.dumps({"cell": "cell", "stamps": [], "marks": [[1, 0, 0, 5]]}) + "\n")
+    ((row, log, times),) = replay_results(tmp_path)
+    assert (row["cell"], log, times["marks"]) == ("cell", RUN.log, [[1, 0, 0, 5]])

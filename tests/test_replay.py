@@ -168,11 +168,33 @@ def test_the_command_writes_results_as_it_goes_and_reports_what_failed(trace_pat
     rows = [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["cell"] for row in rows] == ["lru", "too long"]
     assert "asks for 1000003 steps" in rows[1]["error"]
+    assert rows[0]["driver"] is None  # a stand-in has none
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "decisions.jsonl.gz",
         "results.jsonl",
         "stamps.jsonl.gz",
     ]
+
+
+def test_a_cell_that_fails_in_a_later_pass_has_failed(trace_path, tmp_path, monkeypatch, capsys):
+    cells = [replace(cell_of(trace_path, slots=12), name=name, passes=3) for name in ("one", "other")]
+    path = tmp_path / "cells.json"
+    path.write_text(json.dumps([vars(cell) for cell in cells]))
+    ran = []
+
+    def fail_in_the_second_pass(cell, *arguments):
+        ran.append(cell.name)
+        if ran[-1] == "one" and ran.count("one") == 2:
+            raise InputError("no more")
+        return run_cell(cell, *arguments)
+
+    monkeypatch.setattr("real.replay.run_cell", fail_in_the_second_pass)
+    assert main([str(path), "--out", str(tmp_path / "out"), "--where", "cpu"]) == 1
+    rows = [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert ran == ["one", "other", "one", "other", "other"]
+    assert rows[0] == {"cell": "one", "error": "pass 2 of 3: no more"}
+    assert (rows[1]["cell"], len(rows[1]["pass_ns"])) == ("other", 3)
+    assert "one: pass 2 of 3: no more" in capsys.readouterr().out
 
 
 def test_a_field_that_a_cell_does_not_have_is_named(tmp_path, capsys):

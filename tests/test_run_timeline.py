@@ -201,9 +201,26 @@ def test_a_log_alone_gives_layers_and_transfers_in_the_same_way(tmp_path):
 def test_measured_runs_give_tracks_that_nest(folder, tmp_path):
     run = read_measured(next(path for path in folder.glob("*fate*.json")))
     model = run.cell["model"]
-    path = write_timeline(tmp_path / "t.json.gz", {"m": Recording(run.log)}, model["layers"], model["experts"], range(20))
-    assert_in_a_row(records_of(path))
-    assert slices(records_of(path), H2D)
+    last = int(run.steps["step"].max())
+    recording = Recording(run.log, run.spans)
+    path = write_timeline(
+        tmp_path / "t.json.gz", {"m": recording}, model["layers"], model["experts"], range(last - 3, last + 1)
+    )
+    records = records_of(path)
+    assert_in_a_row(records)
+    assert slices(records, H2D)
+    assert slices(records, HOST)
+    shown = slices(records, COMPUTE)
+    parts = run.steps[-4:]
+    for column, kind in (("compute_ns", "compute"), ("wait_ns", "wait")):
+        assert total([record for record in shown if record["cat"] == kind]) == parts[column].sum()
+    assert {record["name"] for record in shown} == {
+        "attention and gate",
+        "wait for the host",
+        "wait for a transfer",
+        "experts",
+        "head",
+    }
 
 
 def test_the_command_writes_one_and_says_where(tmp_path, monkeypatch, capsys):

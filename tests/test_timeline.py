@@ -2,11 +2,12 @@
 
 import time
 
+import numpy as np
 import pytest
 
 from real.device import COMPUTE, COPY
 from real.standin import StandIn
-from real.timeline import Timeline
+from real.timeline import HOST_PARTS, Timeline, host_per_layer, spans_of
 
 
 class Clock(StandIn):
@@ -65,3 +66,34 @@ def test_the_links_rate_is_that_of_copies_in_a_row(timeline):
     times = timeline.device_times()
     assert times.link_busy.tolist() == [22]
     assert times.burst_bytes_per_s == 200 / 22 * 1e9
+
+
+def test_spans_say_what_the_times_add_up(timeline):
+    stamps = np.array([[[0, 9, 20, 30, 40], [42, 50, 60, 70, 90]]])
+    for shared in (True, False):
+        spans = spans_of(stamps, timeline.device_marks(), range(1), shared=shared)
+        compute = [(what, start, end, event) for resource, what, start, end, _, event in spans if resource == "compute"]
+        before = [("attention", 0, 10, 0), ("shared", 10, 13, 0)] if shared else [("attention", 0, 13, 0)]
+        assert compute[: len(before) + 1] == [*before, ("host", 13, 15, 0)]
+        spent = dict.fromkeys(("host", "wait", "experts", "step"), 0)
+        for what, start, end, _ in compute:
+            spent[what] = spent.get(what, 0) + end - start
+        assert [spent[name] for name in ("wait", "host", "experts", "step")] == [5, 17, 25, 1]
+    assert [span[1:] for span in spans if span[0] == "host"] == [
+        ("gate", 0, 9, -1, 0),
+        ("decide", 20, 30, -1, 0),
+        ("issue", 30, 40, -1, 0),
+        ("gate", 42, 50, -1, 1),
+        ("decide", 60, 70, -1, 1),
+        ("issue", 70, 90, -1, 1),
+    ]
+
+
+def test_host_time_of_a_layer_by_part():
+    stamps = np.array([[[0, 9, 20, 30, 40], [42, 50, 60, 70, 90]], [[100, 107, 120, 130, 140], [144, 150, 160, 170, 190]]])
+    found = host_per_layer(stamps)
+    assert list(found) == list(HOST_PARTS)
+    assert [part["median"] for part in found.values()] == [7.5, 10.5, 10, 15, 3]
+    assert found["issue_gate"]["p10"] == pytest.approx(6.3)
+    assert found["issue_gate"]["p90"] == pytest.approx(8.7)
+    assert all(np.isnan(list(part.values())).all() for part in host_per_layer(stamps[:0]).values())

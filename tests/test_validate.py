@@ -36,8 +36,10 @@ def test_stored_runs_are_compared_on_their_own_profile_anchors_first(folder, tmp
     assert [report["name"] for report in found["reports"]] == ["load_on_demand", "fifo", "lru"]
     assert [report["anchor"] for report in found["reports"]] == ["all missing", None, None]
     assert (found["worst_error"], found["copy_efficiency"], found["of_bound"]) == (0, 0.97, None)
-    names = {record["args"].get("name") for record in json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]}
+    records = json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]
+    names = {record["args"].get("name") for record in records if "args" in record}
     assert {"measured: lru", "simulated: lru"} <= names
+    assert "attention and gate" in {record["name"] for record in records if record["pid"] == 2}
 
 
 def test_the_table_names_anchors_and_what_it_adds_up_to(folder, tmp_path, capsys):
@@ -88,7 +90,9 @@ def long_trace(tmp_path):
     return path
 
 
-def test_cells_run_through_the_executor_and_into_a_report(long_trace, tmp_path, monkeypatch, one_thread, little_garbage):
+def test_cells_run_through_the_executor_and_into_a_report(
+    long_trace, tmp_path, monkeypatch, capsys, one_thread, little_garbage
+):
     """On a stand-in that times nothing: what counts is that decisions arrive and are those of the simulator."""
     pytest.importorskip("torch", reason="the executor needs torch")
     overrides = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path / 'results'}"]
@@ -101,7 +105,35 @@ def test_cells_run_through_the_executor_and_into_a_report(long_trace, tmp_path, 
     assert reports[-1].divergence.differing == 0
     assert reports[1].divergence.differing == 0
     assert timeline.is_file()
-    assert len(read_folder(tmp_path / "results" / "validation")) == 4
+    runs = read_folder(tmp_path / "results" / "validation")
+    assert [len(run.pass_ns) for run in runs] == [3] * 4
+    assert all(run.host_per_layer_ns["issue_gate"]["median"] > 0 for run in runs)
+    assert {span[5] // run.cell["model"]["layers"] for run in runs for span in run.spans} == {108, 109, 110, 111}
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in said] == [f"pass {number} of 3" for number in (1, 2, 3) for _ in runs]
+
+
+def test_a_cell_that_fails_in_a_later_pass_is_said_and_the_others_are_kept(
+    long_trace, tmp_path, monkeypatch, capsys, one_thread, little_garbage
+):
+    replay = pytest.importorskip("real.replay", reason="the executor needs torch", exc_type=ImportError)
+    run_cell, ran = replay.run_cell, []
+
+    def fail_once(cell, *arguments):
+        ran.append(cell.name)
+        if ran.count("all missing") == 2 and ran[-1] == "all missing":
+            raise InputError("no more")
+        return run_cell(cell, *arguments)
+
+    measure = command._measure
+    monkeypatch.setattr(replay, "run_cell", fail_once)
+    monkeypatch.setattr(command, "_has_gpu", lambda: True)
+    monkeypatch.setattr(command, "_measure", lambda *arguments: measure(*arguments, where="cpu"))
+    words = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path}"]
+    assert main(["validate", *words]) == 2
+    assert "foregate: 'all missing' failed in pass 2 of 3: no more" in capsys.readouterr().err.splitlines()
+    assert ran.count("all missing") == 2
+    assert [run.name for run in read_folder(tmp_path / "validation")] == ["all resident", "lru", "perfect prefetch"]
 
 
 def test_results_of_the_executor_are_read_with_their_cells(long_trace, tmp_path, one_thread, little_garbage):

@@ -8,6 +8,7 @@ from pathlib import Path
 from sim.figures.agreement import agreement_figure
 from sim.figures.bars import ranking_figure, time_figure, traffic_figure
 from sim.figures.crossover import crossover_figure
+from sim.figures.host import host_figure
 from sim.figures.lines import budget_figure, miss_figure, prediction_figure
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "agreement_figure",
     "budget_figure",
     "crossover_figure",
+    "host_figure",
     "miss_figure",
     "prediction_figure",
     "ranking_figure",
