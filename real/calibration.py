@@ -160,8 +160,8 @@ def gpu_constants(times: GpuTimes) -> dict[str, Entry]:
         "link.h2d": Entry(
             rising({size: found.median for size, found in isolated.items()}),
             "[bytes, ns]",
-            f"isolated copies from registered memory, issued from Python, by events, median of {_counts(isolated.values())}, "
-            "the quietest of 3 rounds",
+            "isolated copies from registered memory, issued from Python, by events, median of "
+            f"{_counts(isolated.values())}, the quietest of 3 rounds",
             [_pair(found) for _, found in sorted(isolated.items())],
         ),
         "link.h2d_train": _train_entry(times.h2d),

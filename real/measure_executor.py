@@ -25,7 +25,7 @@ LAYERS, EXPERTS = 4, 16
 """Of the small decoder: what it reads leaves every cache, and making it takes a second."""
 
 ROUNDS = 3
-"""The runs of a shape alternate so often, and of every quantity the quietest round counts: a machine may be slow for a while."""
+"""The runs of a shape alternate so often, and of every quantity the quietest round counts: a machine is slow at times."""
 
 CONTEXTS = (128, 4096)
 """Lengths of the KV cache at which attention is timed."""
@@ -181,7 +181,7 @@ def _quietest(rounds: list[Any]) -> Any:
     """Return of every quantity its quietest round."""
     if isinstance(rounds[0], dict):
         return {key: _quietest([each[key] for each in rounds]) for key in rounds[0]}
-    return list(quietest(rounds))
+    return quietest(rounds)
 
 
 class _Parts:

@@ -88,7 +88,7 @@ class MeasuredRun(NamedTuple):
     copy_efficiency: float | None = None
     """Rate of the link in bursts of misses, as a share of `link_bytes_per_s`."""
     pass_ns: Sequence[Sequence[int]] = ()
-    """Duration of every timed step in every pass, ns: of each step `steps` holds the quickest. Empty where that is not known."""
+    """Duration of every timed step in every pass, ns: of each step `steps` holds the quickest. Empty where unknown."""
     host_per_layer_ns: dict[str, dict[str, float]] | None = None
     """By `real.timeline.HOST_PARTS` the host's ns per layer in the timed steps: ``median``, ``p10``, ``p90``."""
     spans: tuple[Span, ...] = ()
