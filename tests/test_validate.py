@@ -110,7 +110,7 @@ def test_cells_run_through_the_executor_and_into_a_report(
     assert all(run.host_per_layer_ns["issue_gate"]["median"] > 0 for run in runs)
     assert {span[5] // run.cell["model"]["layers"] for run in runs for span in run.spans} == {108, 109, 110, 111}
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[2] for line in said] == [f"pass {number} of 3" for number in (1, 2, 3) for _ in runs]
+    assert [line.partition(": ")[2] for line in said] == [f"pass {number} of 4" for number in (1, 2, 3, 4) for _ in runs]
 
 
 def test_a_cell_that_fails_in_a_later_pass_is_said_and_the_others_are_kept(
