@@ -120,14 +120,14 @@ def saved_and_loaded(architecture: str, where: str, dtype: str = "bfloat16") -> 
 def check_identity(architecture: str, where: str, *, graphs: bool, dtype: str = "bfloat16") -> dict[str, Any]:
     """Generate with everything resident, then with each system at each budget; return what is to be known of it.
 
-    ``different`` names the runs whose tokens differ from the resident model's, ``without_misses`` those that missed no
-    expert and so prove nothing; both have to be empty.
+    ``different`` names the runs whose tokens differ from the resident model's, ``unproved`` those that missed no expert or
+    brought none again, and so prove nothing; both have to be empty.
     """
     with saved_and_loaded(architecture, where, dtype) as live:
         prompts = prompts_of(int(COMMON["vocab_size"]), (23, 9, 31))
         everything = len(live.layers) * live.experts
 
-        def run(system: str, slots: int, *, preload: bool = False) -> tuple[list[list[int]], int, list[str]]:
+        def run(system: str, slots: int, *, preload: bool = False) -> tuple[list[list[int]], int, int, list[str]]:
             with LiveRun(
                 live,
                 composition(read_system(system)),
@@ -140,22 +140,24 @@ def check_identity(architecture: str, where: str, *, graphs: bool, dtype: str = 
                 prove=True,
             ) as opened:
                 tokens = [opened.request(prompt).tokens for prompt in prompts]
-                return tokens, int(opened.outcome().misses.sum()), opened.notes
+                brought = [key for _, what, key, _ in opened.log if what in ("load", "prefetch")]
+                again = len(brought) - len(set(brought))
+                return tokens, int(opened.outcome().misses.sum()), again, opened.notes
 
-        resident, missed, notes = run("lru", everything, preload=True)
+        resident, missed, _, notes = run("lru", everything, preload=True)
         assert missed == 0, "the resident model misses experts"
         different: list[str] = []
-        without_misses: list[str] = []
+        unproved: list[str] = []
         misses = runs = 0
         for system in SYSTEMS:
             for budget in BUDGETS:
-                tokens, missed, _ = run(system, int(budget * everything))
+                tokens, missed, again, _ = run(system, int(budget * everything))
                 misses += missed
                 runs += 1
                 if tokens != resident:
                     different.append(f"{system} at {budget}")
-                if missed == 0:
-                    without_misses.append(f"{system} at {budget}")
+                if not missed or not again:
+                    unproved.append(f"{system} at {budget}")
         return {
             "architecture": architecture,
             "graphs": graphs and not notes,
@@ -164,13 +166,13 @@ def check_identity(architecture: str, where: str, *, graphs: bool, dtype: str = 
             "misses": misses,
             "distinct_tokens": len({token for request in resident for token in request}),
             "different": different,
-            "without_misses": without_misses,
+            "unproved": unproved,
         }
 
 
 def failed(row: dict[str, Any]) -> bool:
     """Whether a row of `check_all` does not prove that offloading changes no token."""
-    return "error" in row or bool(row["different"]) or bool(row["without_misses"])
+    return "error" in row or bool(row["different"]) or bool(row["unproved"])
 
 
 def check_all(where: str, say: Any = lambda row: None, architectures: Iterable[str] = tuple(SMALL)) -> list[dict[str, Any]]:

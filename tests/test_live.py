@@ -15,11 +15,12 @@ transformers = pytest.importorskip("transformers", reason="live mode needs trans
 from capturing import Recorder
 from tiny_models import tiny_model
 
+import real.identity
 import real.live_decoder
 from policies.system import AXES, build_system
 from real.device import Device
 from real.generate import main
-from real.identity import small_model
+from real.identity import failed, small_model
 from real.live import LiveRun
 from real.live_model import load_model, random_model
 from real.schedule import HazardError, Schedule
@@ -153,6 +154,19 @@ def test_experts_that_forget_a_wait_are_a_hazard(olmoe, monkeypatch):
     device = StandIn("lazy", schedule=Schedule(olmoe.layout.expert_bytes))
     with pytest.raises(HazardError, match="before it is filled"):
         generate(olmoe, slots=8, device=device)
+
+
+def test_identity_is_proved_by_runs_that_bring_experts_again_and_by_no_others(monkeypatch):
+    monkeypatch.setattr(real.identity, "SYSTEMS", ("lru_per_layer",))
+    row = real.identity.check_identity("granitemoe", "cpu", graphs=False, dtype="float32")
+    assert (row["runs"], row["different"], row["unproved"]) == (2, [], [])
+    assert row["misses"] > 0
+    assert not failed(row)
+    monkeypatch.setattr(real.identity, "BUDGETS", (0.5, 1.0))
+    row = real.identity.check_identity("granitemoe", "cpu", graphs=False, dtype="float32")
+    assert row["unproved"] == ["lru_per_layer at 1.0"]
+    assert failed(row)
+    assert failed({"architecture": "granitemoe", "error": "InputError: no"})
 
 
 # ---- forced tokens and a known future ----------------------------------------------------------------------------

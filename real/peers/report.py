@@ -81,7 +81,7 @@ def _unlike(rows: Sequence[dict[str, Any]], resident: Sequence[int] | None) -> i
     """Return how many passes gave another token than the resident model, in the worst of `rows`, as far as both go."""
     if resident is None:
         return None
-    unlike = [sum(map(ne, row["tokens"], resident)) for row in rows]
+    unlike: list[int] = [sum(map(ne, row["tokens"], resident)) for row in rows]
     return max(unlike)
 
 
@@ -121,6 +121,18 @@ def _of_bound(arms: Sequence[dict[str, Any]], budget: float) -> dict[str, Any]:
         arm = _fastest(same, kind, (budget,))
         found[name] = arm and {"arm": arm["arm"], "of_bound": arm["of_bound"]}
     return found
+
+
+def setting(summary: Mapping[str, Any]) -> str:
+    """Say on what machine, model and tokens a summary was measured."""
+    decoded = max(arm["decoded"] for arm in summary["arms"])
+    repeats = max(arm["repeats"] for arm in summary["arms"])
+    software = f"torch {summary['torch']}, transformers {summary['transformers']}"
+    return (
+        f"One {summary['device']}, {summary['cpus']} CPUs, {software}, {summary['date']}. {summary['model']}; batch 1; a "
+        f"prompt of {summary['prompt_tokens']} tokens and {summary['warm_up_tokens']} decoded ones to warm up, then another "
+        f"prompt and {decoded} tokens that are timed; medians of up to {repeats} repeats after one that is dropped."
+    )
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -174,9 +186,17 @@ def _in_words(summary: Mapping[str, Any]) -> list[str]:
         ]
         if reached:
             lines.append(f"Budget {budget}, of 1/max(C, X): {'; '.join(reached)}.")
+        lines += [_host_time(arm) for arm in summary["arms"] if bound["graphs"] and arm["arm"] == bound["graphs"]["arm"]]
     surprised = {arm["arm"]: arm["unforeseen_events"] for arm in summary["arms"] if arm.get("unforeseen_events")}
     lines += [f"`{arm}`: the router chose otherwise than recorded in {count} events." for arm, count in surprised.items()]
     return lines
+
+
+def _host_time(arm: Mapping[str, Any]) -> str:
+    parts = {name: f"{ns / 1e3:.0f}" for name, ns in arm["host_per_layer_ns"].items()}
+    waits = parts.pop("await_gate")
+    spent = ", ".join(f"{name.replace('_', ' ')} {us}" for name, us in parts.items())
+    return f"Host time of a layer, `{arm['arm']}`, medians in microseconds: {spent}; it waits for the gate for {waits}."
 
 
 def _agreement(unlike: int | None, passes: int) -> str:
