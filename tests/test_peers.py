@@ -14,7 +14,7 @@ import real.peers.__main__ as peers
 from benchmarks.tables import PAGE, with_peers
 from real.peers.__main__ import Task, build_model, main, run_arm, tasks_of
 from real.peers.arms import Accelerate, Ours, PerLayerLRU, PolicyLang, Recorded, Resident, all_arms
-from real.peers.report import summarise, table, wrong_tokens
+from real.peers.report import defects, summarise, table
 from traces import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
@@ -182,6 +182,7 @@ def test_ratios_and_the_bound_are_those_of_the_rows():
     live = {"hit_rate": 0.5, "link_bytes_per_s": 1e9, "host_per_layer_ns": host, "unforeseen_events": 0, "bytes_h2d": 10**8}
     graphs, eager = "foregate, graphs", "foregate, eager"
     lru = ("foregate lru, graphs, 0.25", "ours", graphs)
+    absent = {"arm": "moe-policylang", "kind": "peer", "error": "InputError: not there", "repeat": 0}
     rows = [
         row("resident foregate, graphs", "resident", graphs, 200.0, 1, **live | {"bytes_h2d": 0}),
         row("resident foregate, eager", "resident", eager, 40.0, 1, **live | {"bytes_h2d": 0}),
@@ -192,9 +193,10 @@ def test_ratios_and_the_bound_are_those_of_the_rows():
         row("foregate lru_per_layer, eager, 0.25", "ours", eager, 30.0, 1, **live),
         row("foregate clairvoyant, graphs, 0.25", "anchor", graphs, 98.0, 1, **live | {"unforeseen_events": 2}),
         row("per-layer lru, no write-back, 0.25", "peer", "eager", 17.0, 1),
-        row("per-layer lru, our kernel, 0.25", "peer", eager, 15.0, 1, bytes_h2d=10**8, hit_rate=0.5),
+        row("per-layer lru, our kernel, 0.25", "equal", eager, 15.0, 1, bytes_h2d=10**8, hit_rate=0.5),
         row("accelerate cpu offload", "peer", "grouped_mm", 1.0, 1) | {"budget": None, "tokens": [1, 9], "decoded": 1},
-        {"arm": "moe-policylang", "error": "InputError: not there", "repeat": 0},
+        absent,
+        {"arm": "foregate fate, graphs, 0.25", "kind": "ours", "error": "InputError: no room", "repeat": 1},
     ]
     found = summarise(rows)
     arms = {arm["arm"]: arm for arm in found["arms"]}
@@ -203,7 +205,8 @@ def test_ratios_and_the_bound_are_those_of_the_rows():
     ratio = {"ours": "foregate lru, graphs, 0.25", "peer": "per-layer lru, no write-back, 0.25", "ratio": 5.0}
     assert found["over_best_peer"] == {"0.25": ratio}
     equal = {"ours": "foregate lru_per_layer, eager, 0.25", "peer": "per-layer lru, our kernel, 0.25"}
-    assert found["equal_kernels"] == {"0.25": equal | {"ratio": 2.0, "ratio_of_bytes": 1.0}}
+    fastest = {"ours": ratio["ours"], "peer": equal["peer"], "ratio": 85 / 15}
+    assert found["equal_kernels"] == {"0.25": equal | {"ratio": 2.0, "ratio_of_bytes": 1.0, "fastest": fastest}}
     assert {name: bound["of_bound"] for name, bound in found["of_bound"]["0.25"].items()} == {
         "graphs": pytest.approx(0.85),
         "eager": pytest.approx(0.75),
@@ -211,8 +214,11 @@ def test_ratios_and_the_bound_are_those_of_the_rows():
     }
     assert [arm["unlike_resident_eager"] for arm in found["arms"][-2:]] == [1, 1]
     assert arms["accelerate cpu offload"]["unlike_resident_same_kernel"] is None
-    assert wrong_tokens(found) == ["foregate lru, graphs, 0.25"]  # in the last of its repeats
-    assert found["errors"] == [{"arm": "moe-policylang", "error": "InputError: not there", "repeat": 0}]
+    assert defects(found) == [
+        "not the resident model's tokens: foregate lru, graphs, 0.25",  # in the last of its repeats
+        "failed: foregate fate, graphs, 0.25",
+    ]
+    assert found["errors"][0] == absent
     text = table(found)
     lines = (
         "| foregate lru, graphs, 0.25 | 2 | 10 | 85.0 | 80.0 to 90.0 | 0.500 | 10 | 1.0 "
@@ -220,7 +226,7 @@ def test_ratios_and_the_bound_are_those_of_the_rows():
         "Budget 0.25: `foregate lru, graphs, 0.25` is **5.00 times** as fast as the best peer, "
         "`per-layer lru, no write-back, 0.25`.",
         "Budget 0.25, equal kernels, no graphs: `foregate lru_per_layer, eager, 0.25` is **2.00 times** as fast as "
-        "`per-layer lru, our kernel, 0.25`, having moved 1.00 times the bytes.",
+        "`per-layer lru, our kernel, 0.25`, having moved 1.00 times the bytes; the fastest of ours is 5.67 times.",
         "Host time of a layer, `foregate lru, graphs, 0.25`, medians in microseconds: issue gate 7, issue experts 15; it "
         "waits for the gate for 200.",
         "`foregate clairvoyant, graphs, 0.25`: the router chose otherwise than recorded in 2 events.",

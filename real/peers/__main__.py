@@ -25,7 +25,7 @@ from real.host import undisturbed
 from real.identity import check_all, failed, prompts_of
 from real.live_model import LiveModel, random_model
 from real.peers.arms import Arm, all_arms
-from real.peers.report import FORMAT, summarise, table, wrong_tokens
+from real.peers.report import FORMAT, defects, summarise, table
 from real.replay import device_errors, free_device_memory
 from traces.errors import InputError
 
@@ -128,6 +128,7 @@ def compare(
                 gone.add(arm.name)
                 row = {
                     "arm": arm.name,
+                    "kind": arm.kind,
                     "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 }
                 del error
@@ -152,7 +153,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit status: 1 where ours gave another token than the resident model in our kernel."""
+    """Run the command; return its exit status: 1 where ours failed or gave another token than the resident model."""
     parser = argparse.ArgumentParser(prog="python -m real.peers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6.0, help="start no arm after so many minutes")
@@ -216,9 +217,9 @@ def _run(chosen: argparse.Namespace, end: float) -> int:
         model.close()
     (out / "summary.json").write_text(json.dumps(_finite(summary), indent=1) + "\n")
     print(table(summary))
-    wrong = wrong_tokens(summary) + [f"identity of {row['architecture']}" for row in identity if failed(row)]
-    for name in wrong:
-        print(f"not the resident model's tokens: {name}", file=sys.stderr)
+    wrong = defects(summary) + [f"identity is not proved: {row['architecture']}" for row in identity if failed(row)]
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
     return 1 if wrong else 0
 
 

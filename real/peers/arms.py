@@ -33,7 +33,8 @@ class Arm(ABC):
 
     name: str
     kind: str
-    """``resident``, where all experts are on the device; else ``peer``, ``ours``, or ``anchor``, which knows the future."""
+    """``resident``, where all experts are on the device; else ``peer``, ``equal`` (a peer's way on our kernel), ``ours``, or
+    ``anchor``, which knows the future."""
     kernel: str
     """What computes experts: the arm's tokens are those of ``resident KERNEL``, if it is right."""
     budget: float | None = None
@@ -143,13 +144,12 @@ class PerLayerLRU(Arm):
     `our_kernel` experts are computed as ours are, so that what differs from ours is the executor alone.
     """
 
-    kind = "peer"
     budget: float
 
     def __init__(self, budget: float, *, write_back: bool = False, our_kernel: bool = False) -> None:
         what = "our kernel" if our_kernel else "write-back" if write_back else "no write-back"
         self.name = f"per-layer lru, {what}, {budget:g}"
-        self.kernel = "foregate, eager" if our_kernel else "eager"
+        self.kind, self.kernel = ("equal", "foregate, eager") if our_kernel else ("peer", "eager")
         self.budget, self.write_back, self.our_kernel = budget, write_back, our_kernel
 
     @contextmanager
