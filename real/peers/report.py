@@ -19,8 +19,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ``over_best_peer``: the fastest of ours over the fastest peer of that budget or, like accelerate, of none.
     ``equal_kernels``: ours run eagerly with a per-layer LRU over the published-style one with our kernel, and the fastest of
     ours over the same. ``of_bound``: how near the fastest of ours with graphs, the fastest run eagerly, and the run that
-    knows the future (``anchor``) come to 1/max(C, X): C is the step with everything resident in the same kernel, X the link's
-    time for the bytes that a token moved, at the rate of back-to-back copies measured when the arm opened.
+    knows the future (``anchor``) come to 1/max(C, X). C is the step with everything resident in the same kernel, X the time
+    of the link for the bytes that a token moved, at the rate of back-to-back copies measured when the arm opened.
     """
     measured = [row for row in rows if "error" not in row]
     names = list(dict.fromkeys(row["arm"] for row in measured))
