@@ -244,7 +244,7 @@ class _CacheForOurKernel(_Cache):
 
     def __init__(self, model: LiveModel, per_layer: int) -> None:
         super().__init__(model, per_layer, write_back=False)
-        self._kernels = model.where != "cpu"
+        self._kernels = self._use_kernels(model.where)
         if self._kernels:
             module: Any = model.layers[0].experts
             self._elements = self.slots.view(model.layout.dtype)
@@ -254,16 +254,21 @@ class _CacheForOurKernel(_Cache):
             entries, where = GRAPH_TOKENS * model.top_k, model.where
             self._activation = torch.zeros(entries, width, dtype=torch.float32, device=where)
             self._y = torch.zeros(entries, size, dtype=torch.float32, device=where)
-            self._slots_on_host = torch.zeros(entries, dtype=torch.int32, pin_memory=True)
+            self._slots_on_host = torch.zeros(entries, dtype=torch.int32, pin_memory=where != "cpu")
             self._slots_on_device = torch.zeros(entries, dtype=torch.int32, device=where)
             self._turn = torch.zeros(1, dtype=torch.int32, device=where)
+
+    @staticmethod
+    def _use_kernels(where: str) -> bool:
+        """Whether decode passes run on the Triton kernel: on a GPU."""
+        return where != "cpu"
 
     def experts(self, layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
         """Load and compute a layer's experts: all at once in a decode pass, one after the other in a prompt's."""
         chosen = [expert for row in ids.tolist() for expert in row]
         resident = self._resident[layer]
         union = sorted(dict.fromkeys(chosen), key=lambda expert: expert not in resident)
-        if self._kernels and len(hidden) <= GRAPH_TOKENS:
+        if self._kernels and len(hidden) <= GRAPH_TOKENS and len(union) <= self.per_layer:
             slots = {expert: self._slot(layer, expert) for expert in union}
             return self._all_at_once([slots[expert] for expert in chosen], hidden, weights)
         y = torch.zeros(ids.numel(), hidden.shape[1], device=hidden.device)
