@@ -163,10 +163,10 @@ def test_the_peers_arm_on_our_kernel_gives_what_our_executor_gives(budget, monke
 
     monkeypatch.setattr(real.live, "LiveDecoder", with_kernels)
     monkeypatch.setattr(arms._CacheForOurKernel, "_use_kernels", staticmethod(lambda where: True))
-    model, tasks = build_model("tiny", "cpu"), [Task([5, 9, 3, 17, 22, 60], [11, 99, 3])]
-    theirs = run_arm(arms.PerLayerLRU(budget, our_kernel=True), model, tasks)
-    ours = run_arm(arms.Ours("lru_per_layer", budget, graphs=False), model, tasks)
-    plain = run_arm(arms.Resident("eager"), model, tasks)
+    built, tasks = build_model("tiny", "cpu"), [Task([5, 9, 3, 17, 22, 60], [11, 99, 3])]
+    theirs = run_arm(arms.PerLayerLRU(budget, our_kernel=True), built, tasks)
+    ours = run_arm(arms.Ours("lru_per_layer", budget, graphs=False), built, tasks)
+    plain = run_arm(arms.Resident("eager"), built, tasks)
     assert theirs["tokens"] == ours["tokens"] == plain["tokens"]
     assert theirs["bytes_h2d"] == ours["bytes_h2d"] > 0
-    model.close()
+    built.close()

@@ -223,16 +223,17 @@ def test_ratios_and_the_bound_are_those_of_the_rows():
     lines = (
         "| foregate lru, graphs, 0.25 | 2 | 10 | 85.0 | 80.0 to 90.0 | 0.500 | 10 | 1.0 "
         "| 2 of 11 differ | 1 of 11 differ | 85% |",
-        "Budget 0.25: `foregate lru, graphs, 0.25` is **5.00 times** as fast as the best peer, "
-        "`per-layer lru, no write-back, 0.25`.",
-        "Budget 0.25, equal kernels, no graphs: `foregate lru_per_layer, eager, 0.25` is **2.00 times** as fast as "
-        "`per-layer lru, our kernel, 0.25`, having moved 1.00 times the bytes; the fastest of ours is 5.67 times.",
-        "Host time of a layer, `foregate lru, graphs, 0.25`, medians in microseconds: issue gate 7, issue experts 15; it "
+        "Budget 0.25: *foregate lru, graphs, 0.25* is **5.00 times** as fast as the best peer, "
+        "*per-layer lru, no write-back, 0.25*.",
+        "Budget 0.25, equal kernels, no graphs: *foregate lru_per_layer, eager, 0.25* is **2.00 times** as fast as "
+        "*per-layer lru, our kernel, 0.25*, having moved 1.00 times the bytes; the fastest of ours is 5.67 times.",
+        "Host time of a layer, *foregate lru, graphs, 0.25*, medians in microseconds: issue gate 7, issue experts 15; it "
         "waits for the gate for 200.",
-        "`foregate clairvoyant, graphs, 0.25`: the router chose otherwise than recorded in 2 events.",
+        "*foregate clairvoyant, graphs, 0.25*: the router chose otherwise than recorded in 2 events.",
         "moe-policylang: InputError: not there",
     )
     assert [line for line in lines if line not in text.splitlines()] == []
+    assert "`" not in text  # on the page `foregate ...` would be a command
 
 
 def test_the_compared_model_has_the_published_sizes():

@@ -173,20 +173,20 @@ def _in_words(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for budget, ratio in summary["over_best_peer"].items():
         if ratio is not None:
-            best = f"`{ratio['ours']}` is **{ratio['ratio']:.2f} times** as fast as the best peer, `{ratio['peer']}`"
+            best = f"*{ratio['ours']}* is **{ratio['ratio']:.2f} times** as fast as the best peer, *{ratio['peer']}*"
             lines.append(f"Budget {budget}: {best}.")
         equal = summary["equal_kernels"][budget]
         if equal is not None:
             moved = _number(equal["ratio_of_bytes"], ".2f")
             lines.append(
-                f"Budget {budget}, equal kernels, no graphs: `{equal['ours']}` is **{equal['ratio']:.2f} times** as fast as "
-                f"`{equal['peer']}`, having moved {moved} times the bytes; the fastest of ours is "
+                f"Budget {budget}, equal kernels, no graphs: *{equal['ours']}* is **{equal['ratio']:.2f} times** as fast as "
+                f"*{equal['peer']}*, having moved {moved} times the bytes; the fastest of ours is "
                 f"{equal['fastest']['ratio']:.2f} times."
             )
         bound = summary["of_bound"][budget]
         names = {"graphs": "fastest of ours with graphs", "eager": "fastest run eagerly", "anchor": "with a known future"}
         reached = [
-            f"{text} (`{bound[name]['arm']}`) {bound[name]['of_bound']:.0%}"
+            f"{text} (*{bound[name]['arm']}*) {bound[name]['of_bound']:.0%}"
             for name, text in names.items()
             if bound[name] is not None
         ]
@@ -194,7 +194,7 @@ def _in_words(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"Budget {budget}, of 1/max(C, X): {'; '.join(reached)}.")
         lines += [_host_time(arm) for arm in summary["arms"] if bound["graphs"] and arm["arm"] == bound["graphs"]["arm"]]
     surprised = {arm["arm"]: arm["unforeseen_events"] for arm in summary["arms"] if arm.get("unforeseen_events")}
-    lines += [f"`{arm}`: the router chose otherwise than recorded in {count} events." for arm, count in surprised.items()]
+    lines += [f"*{arm}*: the router chose otherwise than recorded in {count} events." for arm, count in surprised.items()]
     return lines
 
 
@@ -202,7 +202,7 @@ def _host_time(arm: Mapping[str, Any]) -> str:
     parts = {name: f"{ns / 1e3:.0f}" for name, ns in arm["host_per_layer_ns"].items()}
     waits = parts.pop("await_gate")
     spent = ", ".join(f"{name.replace('_', ' ')} {us}" for name, us in parts.items())
-    return f"Host time of a layer, `{arm['arm']}`, medians in microseconds: {spent}; it waits for the gate for {waits}."
+    return f"Host time of a layer, *{arm['arm']}*, medians in microseconds: {spent}; it waits for the gate for {waits}."
 
 
 def _agreement(unlike: int | None, passes: int) -> str:
