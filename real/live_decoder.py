@@ -383,7 +383,7 @@ class LiveDecoder:
         self._list = self._list_tensor.numpy()
         self._list_on_device = zeros(most_tokens * k, dtype=torch.int64)
         self._parts: dict[tuple[int, int], Any] = {}
-        self._fused = _is_plain_silu(self.modules[0]) and self.layout.offsets[1] == 2 * self._width * self._size
+        self._fused = is_plain_silu(self.modules[0]) and self.layout.offsets[1] == 2 * self._width * self._size
 
     def capture_experts(self, count: int = 1) -> None:
         """Record the graphs of the experts for passes of `count` tokens; does nothing on a CPU."""
@@ -443,7 +443,7 @@ def _activate(module: Any, wide: Any) -> Any:
     return module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
 
 
-def _is_plain_silu(module: Any) -> bool:
+def is_plain_silu(module: Any) -> bool:
     """Whether an expert is ``down(silu(gate) * up)`` with gate and up one after the other, and nothing else."""
     from transformers.integrations import moe
 
