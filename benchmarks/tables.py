@@ -1,4 +1,7 @@
-"""Write the tables of docs/performance.md anew from `benchmarks/latest.json`: ``python -m benchmarks.tables``."""
+"""Write the tables of docs/performance.md anew: ``python -m benchmarks.tables``.
+
+They are of `benchmarks/latest.json`, and of the comparison with other ways of offloading on a GPU, `PEERS`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from real.peers import report
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
+PEERS = HERE.parent / "real" / "ground_truth" / "h100" / "peers.json"
+"""A `summary.json` of `real.peers`."""
 
 
 def speed(found: dict[str, Any]) -> Iterable[Sequence[str]]:
@@ -67,9 +74,20 @@ def filled(page: str, found: dict[str, Any]) -> str:
     return re.sub(r"<!-- machine -->.*?<!-- end -->", lambda _: measured, page, flags=re.DOTALL)
 
 
+def with_peers(page: str, summary: dict[str, Any]) -> str:
+    """Return `page` with the comparison on a GPU as `summary` has it; one of an older format changes nothing."""
+    if summary.get("format") != report.FORMAT:
+        return page
+    section = f"<!-- peers -->\n{report.setting(summary)}\n\n{report.table(summary)}\n<!-- end -->"
+    page, count = re.subn("<!-- peers -->.*?<!-- end -->", lambda _: section, page, flags=re.DOTALL)
+    assert count == 1
+    return page
+
+
 def _millions(rate: float) -> str:
     return f"{rate / 1e6:.2f} M"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), json.loads((HERE / "latest.json").read_text())))
+    page = filled(PAGE.read_text(), json.loads((HERE / "latest.json").read_text()))
+    PAGE.write_text(with_peers(page, json.loads(PEERS.read_text())))

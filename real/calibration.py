@@ -160,7 +160,8 @@ def gpu_constants(times: GpuTimes) -> dict[str, Entry]:
         "link.h2d": Entry(
             rising({size: found.median for size, found in isolated.items()}),
             "[bytes, ns]",
-            f"isolated copies from registered memory, issued from Python, by events, median of {_counts(isolated.values())}",
+            "isolated copies from registered memory, issued from Python, by events, median of "
+            f"{_counts(isolated.values())}, the quietest of 3 rounds",
             [_pair(found) for _, found in sorted(isolated.items())],
         ),
         "link.h2d_train": _train_entry(times.h2d),
@@ -203,7 +204,7 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         (_, one), (top_k, all_of_them) = ((count, summary(samples).median - mark) for count, samples in times.groups.items())
         waited = one + summary(times.landing_to_experts).median
         expert_ns = max(1.0, (all_of_them - waited) / (top_k - 1))
-        by = f"in the executor's own graphs, median of {len(times.attention_beside)}"
+        by = f"in the executor's own graphs, median of {len(times.attention_beside)}, the quietest of 3 rounds"
         entries |= {
             f"models.{name}.attention": Entry(
                 rising(alone),
@@ -231,7 +232,8 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         if summary(times.shared).median < 2 * mark:  # else the host has decided before the shared experts end
             residents.append(summary(times.gate_to_residents).median - mark)
         ahead.append(summary(times.ahead).median)
-    readout = max(0.0, _middle(residents or readouts))
+    copies, experts = _middle(readouts), _middle(residents or readouts)
+    readout = max(0.0, min(copies, experts))
     of = f"of {len(shapes)} models in the executor, median"
     return entries | {
         "compute.beside_ns": Entry(
@@ -244,12 +246,17 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         "host.readout_ns": Entry(
             round(readout),
             "ns",
-            f"from a gate's end until residents compute, the decision included, of {len(residents or readouts)} models in "
-            "the executor, median",
+            f"from a gate's end until the first copy of what is missing begins, {of}, or until residents compute if that is "
+            "sooner; the host's decision is part of it",
         ),
-        "host.expert_issue_ns": Entry(0, "ns", "part of readout_ns", tag="assumed"),
+        "host.expert_issue_ns": Entry(
+            round(max(0.0, experts - readout)),
+            "ns",
+            f"from a gate's end until residents compute, of {len(residents or readouts)} models in the executor, median, "
+            "less readout_ns",
+        ),
         "host.demand_issue_ns": Entry(
-            round(max(0.0, _middle(readouts) - readout)),
+            round(max(0.0, copies - readout)),
             "ns",
             f"from a gate's end until the first copy of what is missing begins, {of}, less readout_ns",
         ),

@@ -29,9 +29,12 @@ from traces.trace import ModelSpec
 CHUNK_BYTES = 4 << 20
 """A prefetch crosses in copies of so many bytes, two of them ahead: what a demand may stand behind."""
 
-GRID_MODELS = ("olmoe_1b_7b", "qwen1_5_moe_a2_7b", "deepseek_v2_lite")
-GRID_SYSTEMS = ("lru", "lrfu", "previous_token", "next_gate", "next_gate_lrfu", "fate")
-GRID_BUDGETS = (0.25, 0.5)
+GRID = {"olmoe_1b_7b": (0.25, 0.5), "qwen1_5_moe_a2_7b": (0.25,), "deepseek_v2_lite": (0.5,)}
+"""Budgets by model."""
+
+GRID_SYSTEMS = ("lfu", "lru", "lrfu", "next_gate", "next_gate_lrfu", "fate")
+"""Of those that decide in the same way, which a ranking cannot tell apart, only one: `previous_token` prefetches what an LRU
+has anyway."""
 
 
 def fit_routing(trace: Trace, spec: ModelSpec) -> Trace:
@@ -105,8 +108,8 @@ def make_cell(name: str, overrides: Iterable[str], folder: Path, *, slots: int |
         "slots": slots_of(config["budget"], workload.trace.model, costs) if slots is None else slots,
         "warmup": 32,
         "steps": 56,
-        "marked": 24,
-        "passes": 3,
+        "marked": 16,
+        "passes": 4,
         "seed": config["seed"],
         "layer_ns": decode_layer_ns(costs, spec.top_k),
         "transfer_ns": transfer_ns(costs),
@@ -138,7 +141,7 @@ def make_grid(folder: Path, tokens: int = 480) -> list[Cell]:
     """Write the routing of every model of the grid into `folder` and return its cells: by model, anchors first."""
     recording = take_tokens(load_trace(bundled()["reference_16x64_top8"]), tokens)
     cells: list[Cell] = []
-    for model in GRID_MODELS:
+    for model, budgets in GRID.items():
         spec = model_spec(compose_config("simulate", [f"model={model}"])["model"])
         path = folder / f"{model}.safetensors"
         save_trace(fit_routing(recording, spec), path)
@@ -151,7 +154,7 @@ def make_grid(folder: Path, tokens: int = 480) -> list[Cell]:
         ]
         grid = [
             make_cell(f"{model} {system} {budget}", [*common, f"system={system}", f"budget={budget}"], folder)
-            for budget in GRID_BUDGETS
+            for budget in budgets
             for system in GRID_SYSTEMS
         ]
         cells += anchors + grid

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from real.device import COMPUTE, COPY, Device
+from real.device import COMPUTE, COPY, Calls, Device
 from real.schedule import Schedule
 from traces.errors import InputError
 
@@ -24,6 +24,8 @@ RING = 4096
 
 class Cuda(Device):
     """Two streams of the current GPU; the compute stream is torch's current stream until `close`."""
+
+    looks = 2048
 
     def __init__(self, schedule: Schedule | None = None) -> None:
         super().__init__(schedule)
@@ -64,12 +66,37 @@ class Cuda(Device):
         if failed:
             raise InputError(f"a host-to-device copy of {size} bytes failed: {_reason(failed)}")
 
+    def calls(self) -> Calls:
+        """Return the driver's own functions."""
+        return Calls(_address(self._memcpy), _address(self._record_event), self._handles[COPY])
+
+    def next_event(self, stream: int) -> int:
+        """Return the event of the stream's next ticket, whose last use is over."""
+        ticket = self._recorded[stream] + 1
+        if ticket > RING:
+            self.synchronize(stream, ticket - RING)
+        return self._ring[stream][ticket % RING]
+
+    def fail(self, code: int) -> NoReturn:
+        """Raise InputError for what the driver answered."""
+        raise InputError(f"a host-to-device copy failed: {_reason(code)}")
+
     def mark(self, stream: int) -> int:
         """Note the GPU's time at this place of `stream`."""
-        event = self._spare_marks.pop() if self._spare_marks else _event(timing=True)
+        mark, event = self.open_mark()
         _check(self._record_event(event, self._handles[stream]))
+        return mark
+
+    def open_mark(self) -> tuple[int, int]:
+        """Return a mark that is still to be recorded, and its event."""
+        event = self._spare_marks.pop() if self._spare_marks else _event(timing=True)
         self._marks.append(event)
-        return len(self._marks) - 1
+        return len(self._marks) - 1, event
+
+    def drop_marks(self, count: int) -> None:
+        """Put the events of the last marks back."""
+        for _ in range(count):
+            self._spare_marks.append(self._marks.pop())
 
     def reserve_marks(self, count: int) -> None:
         """Make events for `count` marks, so that marking costs no more than recording one."""
@@ -143,6 +170,10 @@ def _event(*, timing: bool = False) -> int:
     event = ctypes.c_void_p()
     _check(_driver().cuEventCreate(ctypes.byref(event), 0 if timing else 2))
     return event.value or 0
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _check(failed: int) -> None:

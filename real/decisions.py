@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from policies.system import System
 from sim.fast.callbacks import WRONG
 from sim.fast.hooks import (
     ADMIT,
-    EVENT,
     EVICTED,
     EVICTION,
     MOST,
@@ -51,29 +50,29 @@ class Decisions:
     def __init__(self, system: System, observed: Observed, rows: Callable[[int], tuple[int, int]], events: int) -> None:
         self.system = system
         self._rows = rows
-        told = self._told = make_told(system.setting, np.zeros(system.setting.keys, EXPERT))
+        told = self.told = make_told(system.setting, np.zeros(system.setting.keys, EXPERT))
         self.resident = memoryview(told.experts["resident"])
         """[keys] who holds a slot; the executor writes it."""
         self.holds = memoryview(told.holds)
         """[keys] how firmly; the executor writes it, and whoever has no slot stays HELD."""
-        self._hits, self._misses, self._seen = memoryview(told.hits), memoryview(told.misses), memoryview(told.seen)
+        self._seen = memoryview(told.seen)
         self._demands, self._left, self._room = memoryview(told.demands), memoryview(told.left), memoryview(told.room)
         self._hooks = Hooks(system, told)
         self._hooks.observe(observed)
         self._observed = observed
-        table = self._hooks.table
+        table = self.table = self._hooks.table
         self._eviction = int(table[EVICTION])
-        self._event, self._admit, self._evicted = (_ENTRY(int(table[place])) for place in (EVENT, ADMIT, EVICTED))
+        self._admit, self._evicted = (_ENTRY(int(table[place])) for place in (ADMIT, EVICTED))
         depth, experts = system.prefetch.depth, system.setting.experts
         self._events = events
         self._look_ahead = compiled(look_ahead)
         self._busy = np.zeros(system.setting.keys, np.bool_)
-        self.busy = _view(self._busy)
+        self.busy = view(self._busy)
         """[keys] who has a transfer, or lost its slot in the running event; the executor writes it."""
         self._rows_ahead, self._width = depth + 1, experts + 1
         self._predicted = np.zeros((depth + 1, experts + 1), np.uint8)
         """[event modulo depth + 1, expert] what was predicted for it; the last column says whether anything was."""
-        self._flags = _view(self._predicted.reshape(-1))
+        self._flags = view(self._predicted.reshape(-1))
         self._wanted = np.zeros((max(depth, 1) * experts, 2), np.int64)
 
     @classmethod
@@ -93,15 +92,6 @@ class Decisions:
         )
         return cls(system, Observed(*map(np.ascontiguousarray, observed)), seen.rows, workload.events.total)
 
-    def judged(self, hits: list[int], misses: list[int], pool: int, now: int) -> None:
-        """Tell which experts of event `now` are there and which are not."""
-        for place, key in enumerate(hits):
-            self._hits[place] = key
-        for place, key in enumerate(misses):
-            self._misses[place] = key
-        if self._event(self._eviction, len(hits), len(misses), pool, now) == FAILED:
-            self._raise()
-
     def admit(self, key: int, pool: int, free: int, limit: int, now: int) -> int:
         """Give `key` one of `free` slots, or that of somebody held below `limit` where there is none.
 
@@ -110,16 +100,16 @@ class Decisions:
         self._demands[0], self._room[0], self._room[1] = key, free, limit
         admitted = self._admit(self._eviction, 0, 1, pool, now)
         if admitted == FAILED:
-            self._raise()
+            self.failed()
         if admitted == WRONG:
-            raise ContractError(no_victim(type(self.system.eviction).__name__, self._room[0]))
+            self.wrong_victim(self._room[0])
         leaving: int = self._left[0] if admitted else REFUSED
         return leaving
 
     def evicted(self, key: int, pool: int, now: int) -> None:
         """Tell that `key` lost its slot for another reason than to make room."""
         if self._evicted(self._eviction, key, pool, now, 0) == FAILED:
-            self._raise()
+            self.failed()
 
     def look_ahead(self, step: int, layer: int, now: int) -> list[tuple[int, int]]:
         """Let the predictor learn from event `now` and look ahead; return what to fetch: (key, the event that is to use it).
@@ -130,11 +120,11 @@ class Decisions:
         for place, number in enumerate((now, layer, first, last, first)):
             self._seen[place] = number
         found = self._look_ahead(
-            self._hooks.table, now, self._events, layer, last - first, self._told.experts, self._busy, self._told.ids,
+            self.table, now, self._events, layer, last - first, self.told.experts, self._busy, self.told.ids,
             self._predicted, self._wanted,
         )  # fmt: skip
         if found == FAILED:
-            self._raise()
+            self.failed()
         if found < 0:
             wrong = int(self._wanted[0, 0])
             raise ContractError(no_prediction(type(self.system.predictor).__name__, wrong, self.system.setting.experts))
@@ -149,13 +139,18 @@ class Decisions:
         self._flags[start : start + self._width] = bytes(self._width)
         return row[:-1]
 
-    def _raise(self) -> None:
+    def wrong_victim(self, key: int) -> NoReturn:
+        """Raise ContractError: the eviction policy chose `key`, who may not leave."""
+        raise ContractError(no_victim(type(self.system.eviction).__name__, key))
+
+    def failed(self) -> NoReturn:
+        """Raise what a policy raised."""
         if self._hooks.faults:
             raise self._hooks.faults[0]
         raise PolicyRaised("a compiled policy raised an exception; the reference engine (engine=reference) tells which")
 
 
-def _view(array: Any) -> memoryview[Any]:
+def view(array: Any) -> memoryview[Any]:
     """Return an array as what Python reads and writes quickest."""
     return memoryview(array)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from real.device import COMPUTE, Device
 from real.routing import ReplayInputs, Segment
 from real.slab import slot_bytes_of
+from real.turn import Expected, Words
 from traces.errors import InputError
 
 GRAPH_TOKENS = 4
@@ -135,7 +136,7 @@ class ReplayDecoder:
         """[S] a sum over all bits of the step's last hidden states: equal only for equal outputs."""
 
         self._words_tensor = self._shared(shape.layers, entries)
-        self._words = memoryview(self._words_tensor.numpy().reshape(-1))
+        self.words = Words(self._words_tensor.numpy().reshape(-1), ID_BITS, 1)
         self._entries = entries
         self._routed: list[int] = []
         """Ids of the running event, token by token."""
@@ -196,19 +197,14 @@ class ReplayDecoder:
             count = self._count
             self._submit("share", layer, lambda: self._share(layer, count))
 
-    def routed(self, step: int, layer: int) -> list[int] | None:
-        """Return the routed ids, token by token, once all of them are in host memory."""
-        words, tag = self._words, step + 1
-        start = layer * self._entries
-        stop = start + self._count * self.shape.top_k
-        if words[stop - 1] >> ID_BITS != tag:
-            return None
-        seen = words[start:stop].tolist()
-        mask = (1 << ID_BITS) - 1
-        if any(word >> ID_BITS != tag for word in seen):
-            return None
-        self._routed = [(word & mask) - 1 for word in seen]
-        return self._routed
+    def expected(self, step: int, layer: int) -> Expected:
+        """Say which words hold the routed ids of a layer: those of all tokens."""
+        count = self._count * self.shape.top_k
+        return Expected(layer * self._entries, count, count, step + 1)
+
+    def routed(self, step: int, layer: int, ids: list[int]) -> None:
+        """Take note of the routed ids."""
+        self._routed = ids
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts that `slots` names, by key."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 from real.schedule import Schedule
 
@@ -17,11 +18,34 @@ COMPUTE, COPY = 0, 1
 STREAM_NAMES = ("compute stream", "copy stream")
 
 
+class Memory(NamedTuple):
+    """Where experts are, as addresses: expert k at ``experts + k * slot_bytes``, slot s at ``slots + s * slot_bytes``."""
+
+    slots: int
+    """On the device."""
+    experts: int
+    """In the host's memory."""
+    slot_bytes: int
+
+
+class Calls(NamedTuple):
+    """Addresses of C functions for compiled code; they return 0, or what `Device.fail` knows."""
+
+    memcpy: int
+    """(target, source, bytes, stream)"""
+    record: int
+    """(event or mark, stream)"""
+    copy_stream: int
+
+
 class Device(ABC):
     """Two streams in order, and the host that submits to them; subclasses say how work runs.
 
     With a `schedule`, it is told every ticket and wait, so that it can prove the order of what is reported to it.
     """
+
+    looks = 1
+    """How often the host looks for what a kernel is to write before it does something else."""
 
     def __init__(self, schedule: Schedule | None = None) -> None:
         self.schedule = schedule
@@ -40,6 +64,13 @@ class Device(ABC):
         if self.schedule is not None:
             self.schedule.record(stream, ticket)
         self._record(stream, ticket)
+        return ticket
+
+    def recorded(self, stream: int) -> int:
+        """Note that `next_event` was recorded by compiled code; return its ticket."""
+        self._recorded[stream] = ticket = self._recorded[stream] + 1
+        if self.schedule is not None:
+            self.schedule.record(stream, ticket)
         return ticket
 
     def wait(self, stream: int, on: int, ticket: int) -> None:
@@ -87,6 +118,18 @@ class Device(ABC):
     def copy(self, target: int, source: int, size: int) -> None:
         """Submit a copy of `size` bytes from host memory to device memory to the copy stream; both are addresses."""
 
+    @abstractmethod
+    def calls(self) -> Calls:
+        """Return what compiled code may call; the device keeps it alive."""
+
+    @abstractmethod
+    def next_event(self, stream: int) -> int:
+        """Return the event that belongs to the stream's next ticket, for `Calls.record`."""
+
+    @abstractmethod
+    def fail(self, code: int) -> NoReturn:
+        """Raise InputError for what one of `calls` returned."""
+
     def close(self) -> None:  # noqa: B027
         """Let go of the device."""
 
@@ -96,6 +139,14 @@ class Device(ABC):
     @abstractmethod
     def mark(self, stream: int) -> int:
         """Note the device's time at this place of `stream`; return a number for `mark_ns`."""
+
+    @abstractmethod
+    def open_mark(self) -> tuple[int, int]:
+        """Return a mark that compiled code is to record, and what `Calls.record` is given for it."""
+
+    @abstractmethod
+    def drop_marks(self, count: int) -> None:
+        """Forget the last `count` of `open_mark`, which were not recorded."""
 
     @abstractmethod
     def mark_ns(self, mark: int) -> int:

@@ -7,19 +7,21 @@ At every (step, layer) it does what `sim.reference` does in simulated time, in t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from policies.contract import Ints
-from policies.residency import AWAITED, FREE, HELD, ContractError, no_victim
+from policies.residency import AWAITED, FREE, HELD
 from real.decisions import REFUSED, Decisions
-from real.device import COMPUTE, COPY, Device
+from real.device import COMPUTE, COPY, Device, Memory
 from real.pump import Pump, Transfer
 from real.schedule import SlotRead, SlotWrite
 from real.timeline import Timeline
-from sim.fast.callbacks import NOBODY
+from real.turn import BROKEN, NOT_YET, SENT, Expected, Turn, Words
+from sim.fast.callbacks import NOBODY, WRONG
+from sim.fast.native import FAILED
 from sim.result import KINDS
 from traces.errors import InputError
 
@@ -28,7 +30,10 @@ SILENT_S = 20.0
 
 
 class Decoder(Protocol):
-    """What computes. Every method only submits work to the compute stream, except `routed`, which looks."""
+    """What computes. `begin_step`, `route`, `shared`, `compute` and `end_step` only submit work to the compute stream."""
+
+    words: Words
+    """Where gates write what they chose."""
 
     def begin_step(self, step: int) -> None:
         """Submit what comes before the first layer."""
@@ -39,8 +44,11 @@ class Decoder(Protocol):
     def shared(self, step: int, layer: int) -> None:
         """Submit what of a layer does not wait for the routed experts: its shared ones."""
 
-    def routed(self, step: int, layer: int) -> list[int] | None:
-        """Return the routed ids of all tokens in a row (-1: none), or None while the host cannot see them yet."""
+    def expected(self, step: int, layer: int) -> Expected:
+        """Say which of `words` the gate that was submitted writes."""
+
+    def routed(self, step: int, layer: int, ids: list[int]) -> None:
+        """Take note of the routed ids of all tokens in a row (-1: none), which are in host memory now."""
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts of a layer that `slots` names, by key: those tokens that routed to them."""
@@ -78,9 +86,9 @@ class Outcome(NamedTuple):
 
 
 class Executor:
-    """One run of the system that decides by `decisions`.
+    """One run of the system that decides by `decisions`, with experts in `memory`.
 
-    `copy(key, slot, start, stop)` moves those bytes of an expert into a slot. Decisions are appended to `log`, if one is
+    Decisions are appended to `log`, if one is
     given, as tuples (ns, what, key, event) in the words of the simulators' log.
     """
 
@@ -90,7 +98,7 @@ class Executor:
         shape: Shape,
         decoder: Decoder,
         device: Device,
-        copy: Callable[[int, int, int, int], None],
+        memory: Memory,
         *,
         expert_bytes: int,
         chunk_bytes: int,
@@ -109,7 +117,7 @@ class Executor:
         self.one_by_one = one_by_one
         """Whether experts that had to be waited for compute each as it lands, or all after the last."""
         self.expert_bytes = expert_bytes
-        self._copy_bytes = copy
+        self.memory = memory
         self.resident, self.holds, self.busy = decisions.resident, decisions.holds, decisions.busy
         setting = system.setting
         self.pool_of_key: list[int] = np.repeat(setting.pool_of, setting.experts).tolist()
@@ -121,8 +129,10 @@ class Executor:
         )
         self.transfers: dict[int, Transfer] = {}
         """Transfers queued or in flight, by key."""
-        self.slot_of: dict[int, int] = {}
-        """Slot of every resident."""
+        slot_of: Any = np.full(setting.keys, -1, np.int64)
+        self.slot_of = memoryview(slot_of)
+        """[keys] slot of every resident."""
+        self.turn = Turn(decisions, decoder.words, device, memory, expert_bytes, slot_of)
         self.free_slots = list(range(sum(self.capacity)))[::-1]
         self.last_use = [0] * len(self.free_slots)
         """Per slot the ticket of the compute stream after which nobody reads it."""
@@ -143,6 +153,8 @@ class Executor:
         self.left: list[int] = []
         """Keys that lost their slot since the running event was judged: for its prediction they are still there."""
         self.depth = system.prefetch.depth
+        self._may_send = not system.composition.reupload_after_use
+        """Whether the turn may start copies: renewals are queued whenever an event ends."""
 
         self.bytes = dict.fromkeys(KINDS, 0)
         self.hits, self.late_hits, self.misses = (np.zeros(shape.steps, np.int64) for _ in range(3))
@@ -182,10 +194,9 @@ class Executor:
         self.timeline.gate_issued()
         self.decoder.shared(step, layer)
         self.timeline.shared_issued()
-        self._feed()
-        routed = self._await_routed(step, layer)
-        self.timeline.routed()
-        self._serve_event(step, layer, routed)
+        ended = self._await_routed(step, layer)
+        self.timeline.routed(self.turn.seen_ns)
+        self._serve_event(step, layer, sent=ended == SENT)
         self.timeline.experts_issued()
         self._feed()
 
@@ -216,49 +227,86 @@ class Executor:
             bytes_sent=self.link.bytes_sent,
         )
 
-    def _await_routed(self, step: int, layer: int) -> list[int]:
-        """Feed the link until the gate's result is in host memory."""
-        decoder, device = self.decoder, self.device
-        looks = 0
-        while (routed := decoder.routed(step, layer)) is None:
-            device.idle()
+    def _await_routed(self, step: int, layer: int) -> int:
+        """Feed the link until the gate's result is in host memory; return how the turn ended."""
+        device, link, turn = self.device, self.link, self.turn
+        now, first_key = step * self.shape.layers + layer, layer * self.shape.experts
+        pool = self.pool_of_key[first_key]
+        turn.expect(self.decoder.expected(step, layer), first_key, now, pool, self.capacity[pool])
+        rounds = 0
+        while True:
             self._feed()
-            looks += 1
-            if looks % 65536 == 0 and time.perf_counter_ns() - self.timeline.issued_ns > SILENT_S * 1e9:
+            busy = self.end_ticket or link.prefetch or link.in_flight  # then there is something else to look out for
+            looks = min(device.looks, 64) if busy else device.looks
+            if (ended := self._take_turn(pool, looks)) != NOT_YET:
+                return ended
+            device.idle()
+            rounds += 1
+            if rounds % 1024 == 0 and time.perf_counter_ns() - self.timeline.issued_ns > SILENT_S * 1e9:
                 raise InputError(
                     f"the gate of layer {layer} in step {step} gave no result within {SILENT_S:.0f} s: the device is lost"
                 )
-        return routed
+
+    def _take_turn(self, pool: int, looks: int) -> int:
+        """Let the compiled turn do all that it may as things are; return how it ended. Raises what a policy raised."""
+        turn, link = self.turn, self.link
+        if self.end_ticket:
+            if (ended := turn.take(looks)) == NOT_YET:
+                return ended
+            self.device.saw(COMPUTE, self.end_ticket)  # the gate came after it in the compute stream
+            self._end_event()
+            looks = 1
+        link.poll()
+        if link.prefetch or not self._may_send:
+            ended = turn.decide(looks)
+        else:
+            free = self.capacity[pool] - self.taken[pool]
+            marks = self.timeline.open_copy_marks(behind=bool(link.in_flight))
+            ended = turn.send(looks, free, self.free_slots[-1] if free else -1, self.device.next_event(COPY), marks)
+            if ended != SENT:
+                self.timeline.drop_copy_marks(marks)
+        if ended == FAILED:
+            self.decisions.failed()
+        if ended == WRONG:
+            self.decisions.wrong_victim(turn.wrong)
+        if ended == BROKEN:
+            self.device.fail(turn.code)
+        return ended
 
     def _feed(self) -> None:
         """Let the link go on between events; what the last event held may leave once it is computed."""
-        if self.link.prefetch or self.system.composition.reupload_after_use:
-            if self.end_ticket and self.device.done(COMPUTE, self.end_ticket):
-                self._end_event()
+        if self.end_ticket and self.device.done(COMPUTE, self.end_ticket):
+            self._end_event()
+        if self.link.prefetch:
             self.link.go()
 
-    def _serve_event(self, step: int, layer: int, routed: list[int]) -> None:
-        """Decide, load and compute the experts of one (step, layer)."""
-        if self.end_ticket:  # the gate came after them in the compute stream
-            self.device.saw(COMPUTE, self.end_ticket)
-            self._end_event()
-        self.link.poll()
+    def _serve_event(self, step: int, layer: int, *, sent: bool) -> None:
+        """Load and compute the experts of one (step, layer), which was judged; its first demand may be `sent` already."""
         self.now = step * self.shape.layers + layer
+        self.decoder.routed(step, layer, self.turn.routed)
         if self.left:
             self._forget_who_left()
         first_key = layer * self.shape.experts
-        self.union = union = list(dict.fromkeys([first_key + expert for expert in routed if expert >= 0]))
-        present, awaited, absent = self._judge(step, union)
+        self.union = union = self.turn.union
+        present, awaited, absent = self._split(union)
+        arriving: dict[int, Transfer] = {}
+        if sent or not (awaited or absent):  # the link is busy, or has nothing to do
+            self.timeline.decided()
+            self._compute(step, layer, present)
+        self._count(step, union, present, awaited, absent)
         if self.link.prefetch:
             self._drop_stale_prefetches(union)
+        if sent:
+            arriving |= self._note_sent()
 
         # An event that needs more experts than its pool has slots runs in waves; what is there goes first.
         slots = self.capacity[self.pool_of_key[first_key]]
         first = min(len(absent), slots - len(present) - len(awaited))
-        arriving = self._begin_wave(present + awaited + absent[:first], awaited, absent[:first])
+        arriving |= self._begin_wave(present + awaited + absent[:first], awaited, absent[len(arriving) : first])
         # The link has its first demand; now the compute stream, then all that takes less time than they are busy for.
-        self.timeline.decided()
-        self._compute(step, layer, present)
+        if not sent and (awaited or absent):
+            self.timeline.decided()
+            self._compute(step, layer, present)
         self.link.send_demands()
         if self.depth:
             self._predict(step, layer)
@@ -317,25 +365,25 @@ class Executor:
         self.device.saw(COPY, self.arrival_ticket)
         self.link.poll()
 
-    def _judge(self, step: int, union: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Split what the event needs into resident, in flight and absent, as it is when the event starts."""
-        now, transfers, unused, is_resident = self.now, self.transfers, self.unused, self.resident
+    def _split(self, union: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Split what the event needs into resident, in flight and absent, as it was when the event started."""
+        transfers, is_resident = self.transfers, self.resident
         present: list[int] = []
         awaited: list[int] = []
         absent: list[int] = []
-        hits: list[int] = []
         for key in union:
-            if not is_resident[key]:
-                absent.append(key)
-                continue
-            hits.append(key)
-            in_flight = key in transfers
-            (awaited if in_flight else present).append(key)
-            if key in unused:
-                del unused[key]
-                self.bytes["late" if in_flight else "useful"] += self.expert_bytes
-        if union:
-            self.decisions.judged(hits, absent, self.pool_of_key[union[0]], now)
+            (absent if not is_resident[key] else awaited if key in transfers else present).append(key)
+        return present, awaited, absent
+
+    def _count(self, step: int, union: list[int], present: list[int], awaited: list[int], absent: list[int]) -> None:
+        """Count and log what the event found; prefetches that it uses turn out useful or late."""
+        now, unused = self.now, self.unused
+        if unused:
+            for kind, keys in (("useful", present), ("late", awaited)):
+                for key in keys:
+                    if key in unused:
+                        del unused[key]
+                        self.bytes[kind] += self.expert_bytes
         if self.log is not None:
             ns = time.perf_counter_ns()
             for what, keys in (("hit", present), ("late_hit", awaited), ("miss", absent)):
@@ -349,10 +397,22 @@ class Executor:
             self.predicted += predicted.count(1)
             self.predicted_and_needed += sum(predicted[key - first_key] for key in union)
             self.needed_after_prediction += len(union)
-        return present, awaited, absent
+
+    def _note_sent(self) -> dict[int, Transfer]:
+        """Note the copy that the turn has started; return its transfer by key."""
+        key, slot, leaving = self.turn.sent
+        transfer = self.transfers[key] = Transfer(key, self.now, demand=True)
+        self.busy[key] = True
+        self._give_slot(key, leaving)
+        self._has_slot(transfer)
+        if self.device.schedule is not None:
+            self.device.schedule.submit(COPY, (), [SlotWrite(slot, key, 0, self.expert_bytes)])
+        self.link.note_sent(transfer, self.device.recorded(COPY))
+        self.timeline.note_copy(self.now, self.expert_bytes)
+        return {key: transfer}
 
     def _begin_wave(self, wave: list[int], awaited: Iterable[int], absent: list[int]) -> dict[int, Transfer]:
-        """Hold what the wave needs, ask the link for what it lacks, and return what has to be waited for."""
+        """Hold what the wave needs, ask the link for what it lacks, and return what of that has to be waited for."""
         self._hold(wave, HELD)
         arriving: dict[int, Transfer] = {}
         sent = False
@@ -429,21 +489,22 @@ class Executor:
 
     def _copy(self, transfer: Transfer, start: int, stop: int) -> None:
         """Submit a piece of a transfer, after the slot's last reader if it is the first piece."""
-        slot, key = transfer.slot, transfer.key
+        slot, key, (slots, experts, slot_bytes) = transfer.slot, transfer.key, self.memory
         if start == 0:
             self.device.wait(COPY, COMPUTE, self.last_use[slot])
         if self.device.schedule is not None:
             self.device.schedule.submit(COPY, (), [SlotWrite(slot, key, start, stop)])
+        to, source = slots + slot * slot_bytes + start, experts + key * slot_bytes + start
         if self.timeline.marks:
             self.timeline.mark_copy(
                 self.now,
                 stop - start,
                 transfer.demand,
                 bool(self.link.in_flight),
-                lambda: self._copy_bytes(key, slot, start, stop),
+                lambda: self.device.copy(to, source, stop - start),
             )
         else:
-            self._copy_bytes(key, slot, start, stop)
+            self.device.copy(to, source, stop - start)
 
     def _start_transfer(self, transfer: Transfer) -> bool:
         """Reserve the slot of a transfer that is about to start; a prefetch that finds none is given up."""
@@ -460,6 +521,12 @@ class Executor:
             if self.log is not None:
                 self._note("cancel", key)
             return False
+        self._has_slot(transfer)
+        return True
+
+    def _has_slot(self, transfer: Transfer) -> None:
+        """Note that a transfer starts, whose expert was admitted."""
+        key = transfer.key
         self._occupy(transfer, HELD)
         if transfer.demand:
             self.bytes["demand"] += self.expert_bytes
@@ -471,7 +538,6 @@ class Executor:
             self.to_release.setdefault(transfer.target, []).append(key)
             if self.log is not None:
                 self._note("prefetch", key)
-        return True
 
     def _admit(self, key: int, demand: bool) -> bool:
         """Find a slot for `key`: a free one, or that of an expert that nothing needs; for a demand also one that was
@@ -481,17 +547,21 @@ class Executor:
             free = self.capacity[pool] - self.taken[pool]
             leaving = self.decisions.admit(key, pool, free, HELD if demand else AWAITED, self.now)
             if leaving != REFUSED:
-                if leaving != NOBODY:
-                    if self.pool_of_key[leaving] != pool:
-                        raise ContractError(no_victim(type(self.system.eviction).__name__, leaving))
-                    self._forget(leaving)
+                self._give_slot(key, leaving)
                 return True
             if not demand:
                 return False
             if not self._give_up_a_prefetch(pool):
                 if not any(last is not None and not last.demand for _, _, last in self.link.in_flight):
-                    raise ContractError(no_victim(type(self.system.eviction).__name__, -1))
+                    self.decisions.wrong_victim(-1)
                 self.link.await_oldest()  # a prefetch that cannot be called back holds the slot until it lands
+
+    def _give_slot(self, key: int, leaving: int) -> None:
+        """Take the slot of who is `leaving`, if anybody has to, so that there is one for `key`."""
+        if leaving != NOBODY:
+            if self.pool_of_key[leaving] != self.pool_of_key[key]:
+                self.decisions.wrong_victim(leaving)
+            self._forget(leaving)
 
     def _occupy(self, transfer: Transfer, how: int) -> None:
         """Give a slot to an expert that was admitted."""
@@ -500,7 +570,7 @@ class Executor:
         self.holds[key] = how
         self.taken[self.pool_of_key[key]] += 1
         transfer.slot = self.slot_of[key] = self.free_slots.pop()
-        self.peak_slots = max(self.peak_slots, len(self.slot_of))
+        self.peak_slots = max(self.peak_slots, sum(self.taken))
 
     def _give_up_a_prefetch(self, pool: int) -> bool:
         """Give up a prefetch of `pool` that is partly there, if there is one."""
@@ -522,7 +592,8 @@ class Executor:
         self.taken[self.pool_of_key[key]] -= 1
         self.left.append(key)
         self.busy[key] = True
-        self.free_slots.append(self.slot_of.pop(key))
+        self.free_slots.append(self.slot_of[key])
+        self.slot_of[key] = -1
         if key in self.unused:
             del self.unused[key]
             self.bytes["wasted"] += self.expert_bytes

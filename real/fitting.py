@@ -28,6 +28,11 @@ def summary(samples: Samples) -> Summary:
     return Summary(median, p10, p90, len(samples))
 
 
+def quietest(rounds: Sequence[list[float]]) -> list[float]:
+    """Return the round whose median is least: other guests of a shared machine only ever make it slower."""
+    return min(rounds, key=lambda samples: summary(samples).median)
+
+
 class Train(NamedTuple):
     """What copies cost that follow one another."""
 

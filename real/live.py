@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from policies.contract import Future
 from policies.system import Composition, System, build_system
 from real.decisions import Decisions
 from real.device import Device
@@ -25,20 +27,21 @@ from real.live_model import LiveModel
 from real.replay import Log, check_room, device_errors, free_device_memory, link_rate, opened
 from real.schedule import Schedule
 from real.timeline import Timeline
+from sim.events import Events, future_of
 from traces.errors import InputError
 
 CHUNK_BYTES = 4 << 20
 """Bytes of one copy of a prefetch; two of them are given to the copy stream ahead."""
 
 OBSERVED = frozenset({"weights", "lookahead", "logits"})
-"""What a live router tells; nobody tells the future."""
+"""What a live router tells; nobody tells the future, unless it was recorded in a run before."""
 
 
 class Request(NamedTuple):
     """One prompt and what followed."""
 
     tokens: list[int]
-    """New tokens, the first of which the prompt's pass gave."""
+    """The likeliest token of every pass, the first of which is the prompt's."""
     prefill_s: float
     decode_s: float
     """Of all passes after the prompt's, until the device was done."""
@@ -79,11 +82,12 @@ class CudaGraphs:
 
 
 class LiveRun:
-    """Serves a model's experts to `requests` prompts one after the other, `new_tokens` each; what is cached stays.
+    """Serves a model's experts to `requests` prompts one after the other, at most `new_tokens` each; what is cached stays.
 
     `parts` is the system's composition and `slots` its device memory in experts. `graphs` replays captured decode passes;
     where that is not possible, `notes` says why and the model's forward runs for every token. `preload` brings all experts
-    into slots first, if there are as many. Use as a context manager; whatever happens inside, nothing stays allocated.
+    into slots first, if there are as many. `future` is what `routing` of a run with the same passes gave: with it a system
+    that knows the future runs too. Use as a context manager; whatever happens inside, nothing stays allocated.
     Raises InputError where the system needs what a live router does not tell, or memory does not suffice.
     """
 
@@ -102,6 +106,7 @@ class LiveRun:
         layer_ns: int = 500_000,
         chunk_bytes: int = CHUNK_BYTES,
         window_bytes: int = 2 * CHUNK_BYTES,
+        future: Future | None = None,
         device: Device | None = None,
         recorder: Any = None,
         prove: bool = False,
@@ -110,7 +115,8 @@ class LiveRun:
         self._most_prompt_tokens = most_prompt_tokens
         self.notes: list[str] = []
         self.log: Log = []
-        check_needs(parts)
+        check_needs(parts, future)
+        self._future = future
         layers, experts = len(model.layers), model.experts
         top_k = model.top_k
         self._parts, self._slots, self._preload = parts, slots, preload
@@ -120,7 +126,8 @@ class LiveRun:
         self.graphs, self._recorder = graphs, recorder
         """Whether decode passes are captured ones."""
         self._given, self._prove = device, prove
-        self._done = 0
+        self._decoded: list[slice] = []
+        """By request that began, its decode steps."""
         self._step = 0
         self._captured: list[Any] | None = None
         self._segments: list[Any] = []
@@ -141,55 +148,100 @@ class LiveRun:
 
     # ---- requests --------------------------------------------------------------------------------------------
 
-    def request(self, prompt: Sequence[int], on_decode: Callable[[], None] = lambda: None) -> Request:
-        """Generate for one prompt, greedily, until the device is done; `on_decode` is called after the prompt's pass."""
-        if self._done == self._requests:
+    def request(
+        self,
+        prompt: Sequence[int],
+        on_decode: Callable[[], None] = lambda: None,
+        *,
+        forced: Sequence[int] | None = None,
+    ) -> Request:
+        """Generate for one prompt, greedily, until the device is done; `on_decode` is called after the prompt's pass.
+
+        With `forced` every decode pass is fed the next of these tokens, whatever the pass before gave, and there are as many
+        passes as tokens: runs can then be compared pass by pass. Raises InputError for more than the run was set up for.
+        """
+        if len(self._decoded) == self._requests:
             raise InputError(f"the run was set up for {self._requests} requests; this is one more")
         if len(prompt) > self._most_prompt_tokens:
             raise InputError(f"a prompt has {len(prompt)} tokens; the run was set up for at most {self._most_prompt_tokens}")
-        first = self._done * self.new_tokens
-        self.decoder.request = self._done
-        self._done += 1
+        passes = self.new_tokens - 1 if forced is None else len(forced)
+        if passes >= self.new_tokens:
+            raise InputError(f"{passes} tokens are forced; the run was set up for at most {self.new_tokens - 1}")
+        first = self._decoded[-1].stop if self._decoded else 0
+        if self._future is not None and (first + 1 + passes) * self._sizes["layers"] >= len(self._future.offsets):
+            raise InputError(f"pass {first + passes} is not among those that were recorded, so nobody knows its future")
+        self.decoder.request = len(self._decoded)
+        self._decoded.append(slice(first + 1, first + 1 + passes))
         with torch.no_grad():
-            return self._request(first, prompt, on_decode)
+            return self._request(range(first, first + 1 + passes), prompt, forced, on_decode)
 
     def decode_steps(self, request: int) -> slice:
         """Return the decode steps of a request, by which the timeline and the counts are indexed."""
-        return slice(request * self.new_tokens + 1, (request + 1) * self.new_tokens)
+        return self._decoded[request]
 
     def outcome(self) -> Outcome:
         """Return the counts of all requests so far."""
         return self.executor.outcome()
 
-    def _request(self, first: int, prompt: Sequence[int], on_decode: Callable[[], None]) -> Request:
-        """Run the prompt's pass, then one for every further token: captured where possible."""
+    def routing(self) -> Future:
+        """Return what the router chose in all passes so far, as policies that need the future receive it."""
+        layers, experts = self._sizes["layers"], self._sizes["experts"]
+        passes = self._decoded[-1].stop if self._decoded else 0
+        needed: list[list[int]] = [[] for _ in range(passes * layers)]
+        for _, what, key, event in self.log:
+            if what in ("hit", "late_hit", "miss"):
+                needed[event].append(key)
+        offsets = np.cumsum([0, *map(len, needed)], dtype=np.int64)
+        keys = np.array([key for event in needed for key in event], np.int32)
+        return future_of(Events(layers, experts, offsets, keys, np.zeros(len(keys), np.int32)))
+
+    def unforeseen(self) -> int:
+        """Return in how many events the router chose other experts than `future` says; 0 without a future."""
+        if self._future is None:
+            return 0
+        found = zip(_unions(self.routing()), _unions(self._future), strict=False)
+        return sum(mine != foretold for mine, foretold in found)
+
+    def _request(
+        self, steps: range, prompt: Sequence[int], forced: Sequence[int] | None, on_decode: Callable[[], None]
+    ) -> Request:
+        """Run the prompt's pass, then one for every further step: captured where possible."""
         cache = self._static_cache() if self.graphs else None
+        where = self.model.where
+        given = torch.tensor([list(forced)], dtype=torch.int64).to(where) if forced is not None else None
         start = time.perf_counter()
-        ids = torch.tensor([list(prompt)]).to(self.model.where)
-        output, token = self._pass(first, ids, past_key_values=cache)
+        ids = torch.tensor([list(prompt)]).to(where)
+        output, token = self._pass(steps[0], ids, past_key_values=cache)
         self.decoder.forget()
         self.executor.finish()
         on_decode()
         middle = time.perf_counter()
         if cache is not None and not self._segments and (reason := _why_not_static(cache)):
             self._give_graphs_up(reason)
-        steps = range(first + 1, first + self.new_tokens)
-        tokens = self._static(steps, token) if self.graphs else self._dynamic(steps, token, output.past_key_values)
+        if self.graphs:
+            tokens = self._static(steps[1:], token, given)
+        else:
+            tokens = self._dynamic(steps[1:], token, given, output.past_key_values)
         self.executor.finish()
         return Request(tokens.tolist(), middle - start, time.perf_counter() - middle)
 
-    def _dynamic(self, steps: range, token: Any, cache: Any) -> Any:
-        """Run the model's forward for every token; return the tokens [new_tokens]."""
+    def _dynamic(self, steps: range, token: Any, given: Any, cache: Any) -> Any:
+        """Run the model's forward for every step, on the tokens `given` [1, steps] if any; return the likeliest tokens."""
         tokens = [token]
-        for step in steps:
-            output, token = self._pass(step, token, past_key_values=cache)
+        for place, step in enumerate(steps):
+            fed = token if given is None else given[:, place : place + 1]
+            output, token = self._pass(step, fed, past_key_values=cache)
             cache = output.past_key_values
             tokens.append(token)
         return torch.cat(tokens, 1)[0]
 
-    def _static(self, steps: range, token: Any) -> Any:
-        """Replay a captured pass for every token; the first time, run one pass as it is and capture the next."""
-        self._ids.copy_(token)
+    def _static(self, steps: range, token: Any, given: Any) -> Any:
+        """Replay a captured pass for every step; the first time, run one pass as it is and capture the next."""
+        passes = len(steps)
+        self._forced.fill_(-1)
+        if given is not None:
+            self._forced[:passes].copy_(given[0])
+        self._ids.copy_(token if given is None or not passes else given[:, :1])
         self._chosen[:1].copy_(token[0])
         self._place.fill_(1)
         if not self._segments and steps:
@@ -206,7 +258,7 @@ class LiveRun:
         else:
             for step in steps:
                 self._eager(step, self._decode)
-        return self._chosen
+        return self._chosen[: 1 + passes]
 
     # ---- passes ----------------------------------------------------------------------------------------------
 
@@ -224,10 +276,14 @@ class LiveRun:
         return output
 
     def _decode(self) -> None:
-        """Submit one pass of one token, on tensors that stay where they are: input, cache, output."""
+        """Submit one pass of one token, on tensors that stay where they are: input, cache, output.
+
+        The next pass is fed what is forced at its place, or else the likeliest token.
+        """
         output = self.model.model(input_ids=self._ids, past_key_values=self._cache, **self._arguments)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
-        self._ids.copy_(token)
+        forced = self._forced.index_select(0, self._place)
+        self._ids.copy_(torch.where(forced < 0, token[0], forced)[None])
         self._chosen.index_copy_(0, self._place, token[0])
         self._place += 1
 
@@ -261,7 +317,7 @@ class LiveRun:
             where = self.model.where
             self._ids = torch.zeros(1, 1, dtype=torch.int64, device=where)
             self._place = torch.zeros(1, dtype=torch.int64, device=where)
-            self._chosen = torch.zeros(self.new_tokens, dtype=torch.int64, device=where)
+            self._chosen, self._forced = torch.zeros(2, self.new_tokens, dtype=torch.int64, device=where)
         else:
             self._cache.reset()
         return self._cache
@@ -339,6 +395,7 @@ class LiveRun:
                     "_held",
                     "_ids",
                     "_chosen",
+                    "_forced",
                     "_place",
                     "_recorder",
                 ):
@@ -346,7 +403,10 @@ class LiveRun:
 
     def _system(self, transfer_ns: int) -> System:
         """Build the system afresh. Raises InputError."""
-        return build_system(self._parts, slots=self._slots, transfer_ns=transfer_ns, **self._sizes, **self._settings)
+        future = None if self._future is None else (lambda future=self._future: future)
+        return build_system(
+            self._parts, slots=self._slots, transfer_ns=transfer_ns, future=future, **self._sizes, **self._settings
+        )
 
     def _executor(self, system: System, device: Device, expert_bytes: int) -> Executor:
         shape = Shape(self._requests * self.new_tokens, self._sizes["layers"], self._sizes["experts"])
@@ -355,7 +415,7 @@ class LiveRun:
             shape,
             self.decoder,
             device,
-            self.decoder.copy,
+            self.decoder.memory,
             expert_bytes=expert_bytes,
             timeline=Timeline(device, shape.layers),
             log=self.log,
@@ -363,14 +423,19 @@ class LiveRun:
         )
 
 
-def check_needs(parts: Composition) -> None:
-    """Raise InputError where a system needs what a live router does not tell."""
-    if "future" in parts.needs:
+def check_needs(parts: Composition, future: Future | None = None) -> None:
+    """Raise InputError where a system needs what a live router does not tell, and no recorded `future` either."""
+    if "future" in parts.needs and future is None:
         raise InputError(
             f"system '{parts.name}' needs to know what the router will choose, which nobody knows while a model generates; "
             "choose another, or replay a trace"
         )
     parts.check(OBSERVED, "of a live router")
+
+
+def _unions(future: Future) -> list[set[int]]:
+    """Return what every event needs."""
+    return [set(keys.tolist()) for keys in np.split(future.keys, future.offsets[1:-1])]
 
 
 def _why_not_static(cache: Any) -> str | None:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from real.decoder import GRAPH_TOKENS, RING_ROWS
-from real.device import COMPUTE, Device
+from real.device import COMPUTE, Device, Memory
 from real.live_model import LiveModel
 from real.readout import Readout
+from real.turn import Expected
 from sim.fast.observed import Observed
 from traces.errors import InputError
 from traces.recorder.routers import Choice, RouterCall, choose, logarithm, logits_in, rank
@@ -56,6 +57,7 @@ class LiveDecoder:
         self._kernels = self._use_kernels(where)
         per_token = 2 * self.top_k + 2 * self.depth * self.ranks + ("logits" in needs) * self.experts
         self.readout = Readout(most_tokens * per_token, device, where, kernels=self._kernels)
+        self.words = self.readout.format
         self.observed = self._observed(most_tokens)
         """Rows of the running pass, for predictors."""
         self._routers = None
@@ -89,10 +91,10 @@ class LiveDecoder:
             for index, facts in enumerate(self._routers)
         ]
 
-    def copy(self, key: int, slot: int, start: int, stop: int) -> None:
-        """Submit the copy of some bytes of an expert into a slot."""
-        size, slab = self.layout.slot_bytes, self.model.slab
-        self.device.copy(self._address + slot * size + start, slab.address + key * size + start, stop - start)
+    @property
+    def memory(self) -> Memory:
+        """Where slots and experts are."""
+        return Memory(int(self.slots.data_ptr()), self.model.slab.address, self.layout.slot_bytes)
 
     # ---- what the model calls --------------------------------------------------------------------------------
 
@@ -180,14 +182,15 @@ class LiveDecoder:
     def shared(self, step: int, layer: int) -> None:
         """Leave shared experts to the model, whose forward has them where it likes."""
 
-    def routed(self, step: int, layer: int) -> list[int] | None:
-        """Return the routed ids, token by token in descending weight, once all that policies need is in host memory."""
-        if not self.readout.complete():
-            return None
-        self._routed = self.readout.whole("ids").tolist()
+    def expected(self, step: int, layer: int) -> Expected:
+        """Say which words come: all that policies need, the routed ids last."""
+        return self.readout.expected(self.count * self.top_k)
+
+    def routed(self, step: int, layer: int, ids: list[int]) -> None:
+        """Take note of the routed ids, token by token in descending weight, and of all else that policies need."""
+        self._routed = ids
         if self._predicts:
             self._observe(layer)
-        return self._routed
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts that `slots` names, by key."""
@@ -380,7 +383,7 @@ class LiveDecoder:
         self._list = self._list_tensor.numpy()
         self._list_on_device = zeros(most_tokens * k, dtype=torch.int64)
         self._parts: dict[tuple[int, int], Any] = {}
-        self._fused = _is_plain_silu(self.modules[0]) and self.layout.offsets[1] == 2 * self._width * self._size
+        self._fused = is_plain_silu(self.modules[0]) and self.layout.offsets[1] == 2 * self._width * self._size
 
     def capture_experts(self, count: int = 1) -> None:
         """Record the graphs of the experts for passes of `count` tokens; does nothing on a CPU."""
@@ -427,10 +430,6 @@ class LiveDecoder:
         narrow = _activate(module, wide)
         kernels.project(narrow.contiguous(), self._elements, slots, y, **second, transposed=transposed, top_k=1)
 
-    @property
-    def _address(self) -> int:
-        return int(self.slots.data_ptr())
-
 
 class _Direct:
     """A part that was not recorded."""
@@ -444,7 +443,7 @@ def _activate(module: Any, wide: Any) -> Any:
     return module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
 
 
-def _is_plain_silu(module: Any) -> bool:
+def is_plain_silu(module: Any) -> bool:
     """Whether an expert is ``down(silu(gate) * up)`` with gate and up one after the other, and nothing else."""
     from transformers.integrations import moe
 

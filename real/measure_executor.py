@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from real.decoder import ModelShape
+from real.fitting import quietest
 from real.replay import Cell, Measured, Model, run_cell
 from real.timeline import MARKS
 from traces import save_trace
@@ -24,7 +25,7 @@ LAYERS, EXPERTS = 4, 16
 """Of the small decoder: what it reads leaves every cache, and making it takes a second."""
 
 ROUNDS = 3
-"""The runs of a shape alternate so often: a machine may be slow for a second or two."""
+"""The runs of a shape alternate so often, and of every quantity the quietest round counts: a machine is slow at times."""
 
 CONTEXTS = (128, 4096)
 """Lengths of the KV cache at which attention is timed."""
@@ -167,17 +168,20 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
                 "mark": resident.spans("end"),
             }
         )
-    found = {name: _pooled([each[name] for each in rounds]) for name in rounds[0]}
+    found = {name: _quietest([each[name] for each in rounds]) for name in rounds[0] if name != "ahead"}
+    found["ahead"] = [
+        sample for each in rounds for sample in each["ahead"]
+    ]  # a difference of two, which noise makes smaller
     for context in longer:
         found["attention"][context] = run("all resident", context, _WAITS, everything, preload=True).inner_attention
     return ShapeTimes(**found)
 
 
-def _pooled(rounds: list[Any]) -> Any:
-    """Return the samples of all rounds together."""
+def _quietest(rounds: list[Any]) -> Any:
+    """Return of every quantity its quietest round."""
     if isinstance(rounds[0], dict):
-        return {key: _pooled([each[key] for each in rounds]) for key in rounds[0]}
-    return [sample for each in rounds for sample in each]
+        return {key: _quietest([each[key] for each in rounds]) for key in rounds[0]}
+    return quietest(rounds)
 
 
 class _Parts:

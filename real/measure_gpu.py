@@ -13,12 +13,16 @@ import torch
 from torch.nn import functional
 
 from real.cuda import copy_on
+from real.fitting import quietest
 from real.host import undisturbed
 
 DEVICE = "cuda"
 
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 12_582_912, 17_301_504, 64 << 20, 256 << 20, 512 << 20)
 """Bytes of the copies that are timed; OLMoE's and Qwen1.5-MoE's expert are among them."""
+ROUNDS = 3
+"""All copies are timed so often, one size after the other, and of each the quietest round counts."""
+
 COUNTS = (1, 4, 16)
 """Copies of a train."""
 SHAPES = {
@@ -86,7 +90,11 @@ def measure_gpu(say: Callable[[str], None] = lambda what: None, repeats: int = 1
         _warm_clocks()
         link = _Link(host)
         say("host-to-device copies")
-        h2d = {size: {count: link.train(size, count, repeats) for count in COUNTS} for size in SIZES}
+        rounds = [
+            {size: {count: link.train(size, count, max(repeats // ROUNDS, 1)) for count in COUNTS} for size in SIZES}
+            for _ in range(ROUNDS)
+        ]
+        h2d = {size: {count: quietest([each[size][count] for each in rounds]) for count in COUNTS} for size in SIZES}
         d2h = {size: timed(partial(link.back, size), repeats) for size in (64, 512, 4096)}
         device_copy = (_STAGE, timed(link.within_device, repeats))
         say("read-out and calls")
@@ -215,7 +223,7 @@ class _Link:
     def train(self, size: int, count: int, repeats: int) -> Samples:
         """Time `count` copies in a row."""
         with torch.cuda.stream(self.stream):
-            return timed(_times(count, partial(self.copy, size)), repeats if size < 1 << 26 else 5)
+            return timed(_times(count, partial(self.copy, size)), repeats if size < 1 << 26 else 2)
 
 
 def _times(count: int, work: Callable[[], Any]) -> Callable[[], None]:

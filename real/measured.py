@@ -87,8 +87,8 @@ class MeasuredRun(NamedTuple):
     """Rate of copies back to back, measured beside the run."""
     copy_efficiency: float | None = None
     """Rate of the link in bursts of misses, as a share of `link_bytes_per_s`."""
-    pass_ns: Sequence[float] = ()
-    """Mean duration of the timed steps in every pass, ns; empty where it ran once."""
+    pass_ns: Sequence[Sequence[int]] = ()
+    """Duration of every timed step in every pass, ns: of each step `steps` holds the quickest. Empty where unknown."""
     host_per_layer_ns: dict[str, dict[str, float]] | None = None
     """By `real.timeline.HOST_PARTS` the host's ns per layer in the timed steps: ``median``, ``p10``, ``p90``."""
     spans: tuple[Span, ...] = ()
@@ -166,7 +166,7 @@ def write_measured(folder: str | os.PathLike[str], run: MeasuredRun) -> Path:
         "bytes_by_kind": run.bytes_by_kind,
         "link_bytes_per_s": run.link_bytes_per_s,
         "copy_efficiency": run.copy_efficiency,
-        "pass_ns": list(run.pass_ns),
+        "pass_ns": [list(each) for each in run.pass_ns],
         "host_per_layer_ns": run.host_per_layer_ns,
         "decisions_digest": decisions_digest(run.log),
     }
@@ -200,7 +200,7 @@ def read_measured(path: str | os.PathLike[str], cell: Mapping[str, Any] | None =
         raise InputError(f"{path}: the decisions do not have the digest that the file states")
     steps = _read_steps(path.with_suffix(".parquet"))
     spans = tuple(Span(*entry) for entry in _read_entries(path.with_suffix(".spans.json.gz"), _SPAN_ENTRY))
-    fields["pass_ns"] = tuple(fields["pass_ns"])
+    fields["pass_ns"] = tuple(tuple(each) for each in fields["pass_ns"])
     known = {name: fields[name] for name in MeasuredRun._fields if name in fields}
     run = MeasuredRun(steps=steps, log=log, spans=spans, **known)
     _check(path, run)
@@ -237,8 +237,8 @@ def _read_fields(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {name} is missing")
         if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
             raise InputError(f"{path}: {name} is {fields[name]!r}")
-    if not all(isinstance(each, (int, float)) and each > 0 for each in fields["pass_ns"]):
-        raise InputError(f"{path}: pass_ns is {fields['pass_ns']!r}: it must be a list of durations in ns")
+    if not all(isinstance(each, list) and all(type(ns) is int and ns > 0 for ns in each) for each in fields["pass_ns"]):
+        raise InputError(f"{path}: pass_ns must hold a list of durations in ns, whole and above 0, for every pass")
     host = fields["host_per_layer_ns"]
     if host is not None and not (sorted(host) == sorted(HOST_PARTS) and all(map(_is_spread, host.values()))):
         raise InputError(f"{path}: host_per_layer_ns must have median, p10 and p90 of {', '.join(HOST_PARTS)}")
@@ -382,7 +382,7 @@ def from_replay(
         bytes_by_kind={kind: int(row["bytes_by_kind"][kind]) for kind in KINDS},
         link_bytes_per_s=_finite(row.get("link_bytes_per_s")),
         copy_efficiency=_finite(row.get("copy_efficiency")),
-        pass_ns=tuple(float(each) for each in row.get("pass_ns_mean", ()) if np.isfinite(each)),
+        pass_ns=tuple(tuple(each) for each in row.get("pass_ns", ())),
         **({} if times is None else _host_and_spans(cell, times)),
     )
 

@@ -121,7 +121,14 @@ class Pump:
         start = transfer.sent
         stop = min(start + most, self.expert_bytes)
         self._copy(transfer, start, stop)
-        ticket = self.device.record(COPY)
+        self._sent(transfer, start, stop, self.device.record(COPY))
+
+    def note_sent(self, transfer: Transfer, ticket: int) -> None:
+        """Note a demand that was given to the copy stream whole, `ticket` behind it."""
+        transfer.started = True
+        self._sent(transfer, 0, self.expert_bytes, ticket)
+
+    def _sent(self, transfer: Transfer, start: int, stop: int, ticket: int) -> None:
         transfer.sent = stop
         last = stop == self.expert_bytes
         if last:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from real.device import COMPUTE, Device
+from real.turn import Expected, Words
 
 _LOWER = 0xFFFFFFFF
 
@@ -22,7 +23,6 @@ class Readout:
         self._device, self._kernels = device, kernels
         self._tensor = torch.zeros(words, dtype=torch.int64, pin_memory=where != "cpu")
         self._numbers = self._tensor.numpy()
-        self._view = memoryview(self._numbers)
         self.turn = torch.zeros(1, dtype=torch.int32, device=where)
         """[1] on the device: events that were computed."""
         self._tag = 0
@@ -60,11 +60,14 @@ class Readout:
 
         self._device.submit(COMPUTE, write)
 
-    def complete(self) -> bool:
-        """Whether every word of the event is there."""
-        if self._view[self._end - 1] >> 32 != self._tag:
-            return False
-        return bool((self._numbers[: self._end] >> 32 == self._tag).all())
+    @property
+    def format(self) -> Words:
+        """All words, and how to read them."""
+        return Words(self._numbers, 32, 0)
+
+    def expected(self, count: int) -> Expected:
+        """Say which words come with the event; the last `count` are what experts the router chose."""
+        return Expected(0, self._end, count, self._tag)
 
     def whole(self, name: str) -> Any:
         """Return whole numbers of the event, int32."""

@@ -7,6 +7,7 @@ proved; and failures end in a sentence with nothing left allocated or registered
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from real.decoder import ModelShape
-from real.device import COMPUTE, Device
+from real.device import COMPUTE, Calls, Device
 from real.replay import Cell, Measured, Model, run_cell
 from real.slab import HostSlab
 from traces.errors import InputError
@@ -135,6 +136,14 @@ def _copy_fails(cell: Cell, model: Model) -> None:
         def copy(self, target: int, source: int, size: int) -> None:
             self.copies += 1
             super().copy(0 if self.copies == LATE_COPY else target, source, size)
+
+        def calls(self) -> Calls:
+            def memcpy(target: int, source: int, size: int, stream: int) -> int:
+                self.copies += 1
+                return int(self._memcpy(0 if self.copies == LATE_COPY else target, source, size, stream))
+
+            self.kept = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)(memcpy)
+            return super().calls()._replace(memcpy=ctypes.cast(self.kept, ctypes.c_void_p).value or 0)
 
     device = Broken()
     with _closing(device):

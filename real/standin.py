@@ -11,13 +11,17 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NoReturn
 
-from real.device import COMPUTE, COPY, STREAM_NAMES, Device
+from real.device import COMPUTE, COPY, STREAM_NAMES, Calls, Device
 from real.schedule import Schedule
 from traces.errors import InputError
 
 PACES = ("eager", "lazy", "random")
 """When work runs: as soon as it can; not before somebody waits for it; by chance."""
+
+_MEMCPY = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
+_RECORD = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 2)
 
 _Item = int | tuple[int, int] | Callable[[], None]
 """A ticket, a wait for (stream, ticket), or work."""
@@ -46,6 +50,9 @@ class StandIn(Device):
         self._marks: list[int] = []
         self._copies = 0
         self._fail_at_copy = fail_at_copy
+        self._faults: list[BaseException] = []
+        """What was raised while compiled code called."""
+        self._c_functions = _MEMCPY(self._memcpy_called), _RECORD(self._record_called)
 
     def idle(self) -> None:
         """Run at least the next piece of the compute stream, which the host is waiting for."""
@@ -64,16 +71,33 @@ class StandIn(Device):
         """Queue a copy between two addresses."""
         self.submit(COPY, lambda: _move(target, source, size))
 
+    def calls(self) -> Calls:
+        """Return functions that queue what compiled code wants done."""
+        memcpy, record = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in self._c_functions)
+        return Calls(memcpy, record, COPY)
+
+    def next_event(self, stream: int) -> int:
+        """Return the stream's next ticket."""
+        return self._recorded[stream] + 1
+
+    def fail(self, code: int) -> NoReturn:
+        """Raise what happened while compiled code called."""
+        raise self._faults[0]
+
     def mark(self, stream: int) -> int:
         """Note the time at this place of `stream`."""
-        mark = len(self._marks)
-        self._marks.append(0)
-
-        def note() -> None:
-            self._marks[mark] = time.perf_counter_ns()
-
-        self._queue[stream].append(note)
+        mark, _ = self.open_mark()
+        self._queue_mark(stream, mark)
         return mark
+
+    def open_mark(self) -> tuple[int, int]:
+        """Return a mark that is still to be recorded; as an event it is a negative number."""
+        self._marks.append(0)
+        return len(self._marks) - 1, -len(self._marks)
+
+    def drop_marks(self, count: int) -> None:
+        """Forget the last marks."""
+        del self._marks[len(self._marks) - count :]
 
     def mark_ns(self, mark: int) -> int:
         """Return the ns of a mark."""
@@ -102,6 +126,26 @@ class StandIn(Device):
     def _synchronize(self, stream: int, ticket: int) -> None:
         while self._executed[stream] < ticket:
             self._step(stream)
+
+    def _queue_mark(self, stream: int, mark: int) -> None:
+        def note() -> None:
+            self._marks[mark] = time.perf_counter_ns()
+
+        self._queue[stream].append(note)
+
+    def _memcpy_called(self, target: int, source: int, size: int, stream: int) -> int:
+        return self._guarded(lambda: self.copy(target, source, size))
+
+    def _record_called(self, event: int, stream: int) -> int:
+        return self._guarded(lambda: self._queue_mark(stream, -event - 1) if event < 0 else self._record(stream, event))
+
+    def _guarded(self, what: Callable[[], None]) -> int:
+        try:
+            what()
+        except BaseException as fault:
+            self._faults.append(fault)
+            return 1
+        return 0
 
     def _drift(self) -> None:
         """Let the streams run on, as far as the pace has it."""

@@ -68,6 +68,7 @@ class Timeline:
         self.issued_ns = 0
         """When the last gate was issued."""
         self._step = self._layer = 0
+        self._opened = (0, 0)
         self._stamps: list[int] = []
         self._step_stamps: list[int] = []
         self._marks: list[tuple[int, int, int, int]] = []
@@ -105,9 +106,9 @@ class Timeline:
         """Shared experts are issued."""
         self._mark(_DECIDE)
 
-    def routed(self) -> None:
-        """The host knows the routed experts."""
-        self._stamps.append(time.perf_counter_ns())
+    def routed(self, ns: int) -> None:
+        """The host knows the routed experts, and did so at `ns`."""
+        self._stamps.append(ns)
 
     def decided(self) -> None:
         """The policies have decided and the link is fed."""
@@ -140,6 +141,25 @@ class Timeline:
         before = self._copies[-1][-1] if behind and self._copies else self.device.mark(COPY)
         copy()
         self._copies.append((event, size, int(demand), before, self.device.mark(COPY)))
+
+    def open_copy_marks(self, *, behind: bool) -> tuple[int, int]:
+        """Return the events of marks that compiled code is to record before (unless `behind` another) and after a copy."""
+        if not self.marks:
+            return 0, 0
+        before, first = (self._copies[-1][-1], 0) if behind and self._copies else self.device.open_mark()
+        after, second = self.device.open_mark()
+        self._opened = before, after
+        return first, second
+
+    def drop_copy_marks(self, events: tuple[int, int]) -> None:
+        """Forget the marks of `open_copy_marks`: there was no copy."""
+        if self.marks:
+            self.device.drop_marks(sum(event != 0 for event in events))
+
+    def note_copy(self, event: int, size: int) -> None:
+        """Note the demand of `size` bytes between the marks of `open_copy_marks`."""
+        if self.marks:
+            self._copies.append((event, size, 1, *self._opened))
 
     def _mark(self, kind: int) -> None:
         if self.marks:

@@ -82,7 +82,9 @@ class CellReport(NamedTuple):
     """The simulator decides: what differs is everything."""
     divergence: Divergence
     spread_ns: float
-    """Half of the range in which the passes' means lie."""
+    """By how much the measured TPOT would at most be longer without one of the passes."""
+    median_tpot_ns: float
+    """Measured TPOT with every step's median over the passes in place of its quickest."""
     copy_efficiency: float | None
     host_per_layer_ns: dict[str, dict[str, float]] | None
     """As in `real.measured.MeasuredRun`."""
@@ -108,7 +110,8 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
         open_loop=_loop(run, priced.steps, priced.link_busy_ns),
         closed_loop=_loop(run, simulated.steps, link_busy),
         divergence=divergence(run.log, log, workload.events.total),
-        spread_ns=(max(run.pass_ns) - min(run.pass_ns)) / 2 if run.pass_ns else 0.0,
+        spread_ns=_spread_ns(run),
+        median_tpot_ns=_median_tpot(run),
         copy_efficiency=run.copy_efficiency,
         host_per_layer_ns=run.host_per_layer_ns,
         logs=(run.log, log),
@@ -237,6 +240,7 @@ def summary(
     """Return the figures of a validation; those that were not measured are None. Errors are of the closed loop's TPOT."""
     ranks = ranking(reports)
     errors = [abs(report.closed_loop.error) for report in reports]
+    of_medians = [abs(report.closed_loop.tpot_ns / report.median_tpot_ns - 1) for report in reports]
     efficiencies = [report.copy_efficiency for report in reports if report.copy_efficiency is not None]
     return {
         "cells": [
@@ -245,6 +249,7 @@ def summary(
                 "anchor": report.anchor,
                 "measured_tpot_ns": report.measured_tpot_ns,
                 "spread_ns": report.spread_ns,
+                "median_tpot_ns": report.median_tpot_ns,
                 "simulated_tpot_ns": report.closed_loop.tpot_ns,
                 "priced_tpot_ns": report.open_loop.tpot_ns,
                 "error": report.closed_loop.error,
@@ -254,6 +259,7 @@ def summary(
         ],
         "mean_error": float(np.mean(errors)) if errors else None,
         "worst_error": max(errors, default=None),
+        "mean_error_of_medians": float(np.mean(of_medians)) if of_medians else None,
         "kendall_tau": ranks.tau_of_all,
         "kendall_tau_of_pairs_apart": ranks.tau,
         "pairs": ranks.pairs,
@@ -334,6 +340,18 @@ def _loop(run: MeasuredRun, steps: StepTimes, link_busy_ns: Ints) -> Loop:
 def _tpot_of(run: MeasuredRun, steps: StepTimes) -> float:
     """Return the mean duration in `steps` of the steps that count for the run's TPOT, ns."""
     return float(steps.duration[_timed_decode(run)["step"].to_numpy(np.int64)].mean())
+
+
+def _spread_ns(run: MeasuredRun) -> float:
+    passes = np.array(run.pass_ns, float)
+    if len(passes) < 2:
+        return 0.0
+    without_one = [np.delete(passes, number, axis=0).min(axis=0).mean() for number in range(len(passes))]
+    return float(max(without_one) - passes.min(axis=0).mean())
+
+
+def _median_tpot(run: MeasuredRun) -> float:
+    return float(np.median(run.pass_ns, axis=0).mean()) if run.pass_ns else _tpot(run)
 
 
 def _tpot(run: MeasuredRun) -> float:

@@ -3,15 +3,16 @@
 import numpy as np
 
 from real.decisions import Decisions
-from real.device import COMPUTE, COPY
+from real.device import COMPUTE, Memory
 from real.executor import Executor, Shape
 from real.schedule import Schedule
 from real.standin import StandIn
 from real.timeline import Timeline
+from real.turn import Expected, Words
 from sim.conformance import build
 
 EXPERT_BYTES = 8
-"""Every byte of expert k is k, so that whoever reads a slot sees what is there."""
+"""Every byte of expert k is k % 251, so that whoever reads a slot sees what is there."""
 
 
 class Lookers:
@@ -19,8 +20,13 @@ class Lookers:
 
     def __init__(self, workload, device, slots):
         self.workload, self.device = workload, device
-        self.slots = np.full((slots, EXPERT_BYTES), -1)
-        self.known = None
+        keys = workload.trace.model.layers * workload.trace.model.experts
+        self.slots = np.full((slots, EXPERT_BYTES), 255, np.uint8)
+        self.experts = np.repeat(np.arange(keys) % 251, EXPERT_BYTES).astype(np.uint8)
+        self.memory = Memory(self.slots.ctypes.data, self.experts.ctypes.data, EXPERT_BYTES)
+        most = int(np.diff(workload.offsets).max()) * workload.trace.model.top_k
+        self.words = Words(np.zeros(most, np.int64), 32, 1)
+        self.count = 0
         self.used = []
         """(event, key, contents of the slot) as computed."""
 
@@ -28,16 +34,23 @@ class Lookers:
         pass
 
     def route(self, step, layer):
-        self.known = None
         rows = self.workload.rows[self.workload.offsets[step] : self.workload.offsets[step + 1]]
-        routed = self.workload.trace.experts[rows, layer].ravel().tolist()
-        self.device.submit(COMPUTE, lambda: setattr(self, "known", routed))
+        ids = np.maximum(self.workload.trace.experts[rows, layer].ravel().astype(np.int64), -1)
+        self.count = len(ids)
+        tag = self.tag(step, layer)
+        self.device.submit(COMPUTE, lambda: self.words.array[: len(ids)].__setitem__(slice(None), tag << 32 | (ids + 1)))
 
     def shared(self, step, layer):
         pass
 
-    def routed(self, step, layer):
-        return self.known
+    def expected(self, step, layer):
+        return Expected(0, self.count, self.count, self.tag(step, layer))
+
+    def routed(self, step, layer, ids):
+        assert len(ids) == self.count
+
+    def tag(self, step, layer):
+        return step * self.workload.events.layers + layer + 1
 
     def compute(self, step, layer, slots):
         event = step * self.workload.events.layers + layer
@@ -46,12 +59,6 @@ class Lookers:
 
     def end_step(self, step):
         pass
-
-    def copy(self, key, slot, start, stop):
-        def move():
-            self.slots[slot, start:stop] = key
-
-        self.device.submit(COPY, move)
 
 
 def offload(
@@ -67,7 +74,7 @@ def offload(
         Shape(len(workload.decode), events.layers, events.experts),
         lookers,
         device,
-        lookers.copy,
+        lookers.memory,
         expert_bytes=EXPERT_BYTES,
         chunk_bytes=chunk,
         window_bytes=window,

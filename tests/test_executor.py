@@ -42,7 +42,7 @@ def test_any_system_on_any_routing_at_any_timing(data):
         window=data.draw(st.integers(1, 3 * EXPERT_BYTES)),
         one_by_one=data.draw(st.booleans()),
     )
-    assert all(contents == [key] * EXPERT_BYTES for _, key, contents in lookers.used)
+    assert all(contents == [key % 251] * EXPERT_BYTES for _, key, contents in lookers.used)
     events = case.workload.events
     computed = sorted((event, key) for event, key, _ in lookers.used)
     needed = [

@@ -46,6 +46,25 @@ class WithKernels(ReplayDecoder):
             self._graphs |= {place: Part(self.device, part) for place, part in self._parts(count).items()}
 
 
+def live_decoder_with_kernels():
+    """Return the class of live mode's decoder as it is on a GPU, but for the graphs."""
+    pytest.importorskip("transformers", reason="live mode needs transformers (the extra `real`)")
+    from real.live_decoder import LiveDecoder
+
+    class WithLiveKernels(LiveDecoder):
+        @staticmethod
+        def _use_kernels(where):
+            return True
+
+        def capture_experts(self, count=1):
+            pass
+
+        def _part(self, layer, count):
+            return Part(self.device, super()._part(layer, count).replay)
+
+    return WithLiveKernels
+
+
 def test_kernels_and_rings_give_the_same_output_when_experts_are_offloaded(trace_path, model, monkeypatch):  # noqa: F811
     """Steps of prompts, of one token and of two; the interpreter is slow, so there are few."""
     few = {"order": "continuous", "batch": 2, "steps": 6}
@@ -112,24 +131,10 @@ def test_experts_are_ranked_as_the_recorder_ranks_them(experts, top_k, ranks, ar
 @pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss"])
 def test_live_kernels_give_the_same_tokens_when_experts_are_offloaded(architecture, tmp_path, monkeypatch):
     """The fused kernel, and transposed matrices with biases and the model's own gate between the two products."""
-    pytest.importorskip("transformers", reason="live mode needs transformers (the extra `real`)")
+    with_kernels = live_decoder_with_kernels()
     import real.live
-    from real.live_decoder import LiveDecoder
     from real.live_model import load_model
     from real.systems import composition, read_system
-
-    class WithLiveKernels(LiveDecoder):
-        """The decoder as it is on a GPU, but for the graphs."""
-
-        @staticmethod
-        def _use_kernels(where):
-            return True
-
-        def capture_experts(self, count=1):
-            pass
-
-        def _part(self, layer, count):
-            return Part(self.device, super()._part(layer, count).replay)
 
     tiny_model(architecture, num_hidden_layers=2).save_pretrained(tmp_path)
     live = load_model(str(tmp_path), "cpu")
@@ -140,9 +145,28 @@ def test_live_kernels_give_the_same_tokens_when_experts_are_offloaded(architectu
             return run.request([5, 9, 3, 17, 22, 60]).tokens, run.outcome().misses.sum()
 
     plain, _ = generate("lru", 16, preload=True)
-    monkeypatch.setattr(real.live, "LiveDecoder", WithLiveKernels)
+    monkeypatch.setattr(real.live, "LiveDecoder", with_kernels)
     assert generate("lru", 16, preload=True) == (plain, 0)
     tokens, misses = generate("next_gate_lrfu", 4)
     assert tokens == plain
     assert misses > 0
     live.close()
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5])
+def test_the_peers_arm_on_our_kernel_gives_what_our_executor_gives(budget, monkeypatch):
+    """In decode passes of both the kernel computes, over the slots of either; the interpreter is slow, so there are few."""
+    with_kernels = live_decoder_with_kernels()
+    import real.live
+    from real.peers import arms
+    from real.peers.__main__ import Task, build_model, run_arm
+
+    monkeypatch.setattr(real.live, "LiveDecoder", with_kernels)
+    monkeypatch.setattr(arms._CacheForOurKernel, "_use_kernels", staticmethod(lambda where: True))
+    built, tasks = build_model("tiny", "cpu"), [Task([5, 9, 3, 17, 22, 60], [11, 99, 3])]
+    theirs = run_arm(arms.PerLayerLRU(budget, our_kernel=True), built, tasks)
+    ours = run_arm(arms.Ours("lru_per_layer", budget, graphs=False), built, tasks)
+    plain = run_arm(arms.Resident("eager"), built, tasks)
+    assert theirs["tokens"] == ours["tokens"] == plain["tokens"]
+    assert theirs["bytes_h2d"] == ours["bytes_h2d"] > 0
+    built.close()

@@ -15,11 +15,12 @@ transformers = pytest.importorskip("transformers", reason="live mode needs trans
 from capturing import Recorder
 from tiny_models import tiny_model
 
+import real.identity
 import real.live_decoder
 from policies.system import AXES, build_system
 from real.device import Device
 from real.generate import main
-from real.identity import small_model
+from real.identity import failed, small_model
 from real.live import LiveRun
 from real.live_model import load_model, random_model
 from real.schedule import HazardError, Schedule
@@ -72,7 +73,7 @@ def olmoe(tmp_path_factory):
     live.close()
 
 
-def generate(live, system="lru", slots=None, **options):
+def generate(live, system="lru", slots=None, forced=None, **options):
     """Return the tokens of all prompts, the counts and the notes."""
     everything = len(live.layers) * live.experts
     with LiveRun(
@@ -81,7 +82,7 @@ def generate(live, system="lru", slots=None, **options):
         everything if slots is None else slots,
         **{"requests": len(PROMPTS), "new_tokens": NEW_TOKENS, "most_prompt_tokens": 11, **options},
     ) as run:
-        tokens = [run.request(prompt).tokens for prompt in PROMPTS]
+        tokens = [run.request(prompt, forced=forced).tokens for prompt in PROMPTS]
         return tokens, run.outcome(), run.notes
 
 
@@ -153,6 +154,86 @@ def test_experts_that_forget_a_wait_are_a_hazard(olmoe, monkeypatch):
     device = StandIn("lazy", schedule=Schedule(olmoe.layout.expert_bytes))
     with pytest.raises(HazardError, match="before it is filled"):
         generate(olmoe, slots=8, device=device)
+
+
+def test_identity_is_proved_by_runs_that_bring_experts_again_and_by_no_others(monkeypatch):
+    monkeypatch.setattr(real.identity, "SYSTEMS", ("lru_per_layer",))
+    row = real.identity.check_identity("granitemoe", "cpu", graphs=False, dtype="float32")
+    assert (row["runs"], row["different"], row["unproved"]) == (2, [], [])
+    assert row["misses"] > 0
+    assert not failed(row)
+    monkeypatch.setattr(real.identity, "BUDGETS", (0.5, 1.0))
+    row = real.identity.check_identity("granitemoe", "cpu", graphs=False, dtype="float32")
+    assert row["unproved"] == ["lru_per_layer at 1.0"]
+    assert failed(row)
+    assert failed({"architecture": "granitemoe", "error": "InputError: no"})
+
+
+# ---- forced tokens and a known future ----------------------------------------------------------------------------
+
+FORCED = [[90, 4, 4, 71], [12, 13]]
+
+
+def run_forced(live, system, slots, **options):
+    """Return the likeliest tokens of all passes, how many decode steps each request had, counts, and the run's own view."""
+    with LiveRun(
+        live,
+        composition(read_system(system)),
+        slots,
+        **{"requests": 2, "new_tokens": NEW_TOKENS, "most_prompt_tokens": 11, **options},
+    ) as run:
+        tokens = [run.request(prompt, forced=forced).tokens for prompt, forced in zip(PROMPTS, FORCED, strict=True)]
+        steps = [run.decode_steps(request) for request in range(2)]
+        return tokens, steps, run.outcome(), run.routing(), run.unforeseen()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_forced_tokens_are_fed_whatever_the_passes_give(olmoe, graphs):
+    """What is returned is the likeliest token of every pass: that of one pass of transformers' own over all the tokens."""
+    model, expected = tiny_model("olmoe"), []
+    for prompt, forced in zip(PROMPTS, FORCED, strict=True):
+        likeliest = model(input_ids=torch.tensor([prompt + forced])).logits[0].argmax(-1)
+        expected.append(likeliest[len(prompt) - 1 :].tolist())
+    options = {"graphs": graphs, "recorder": Recorder() if graphs else None}
+    tokens, steps, counts, _, _ = run_forced(olmoe, "lru", 8, prove=True, **options)
+    assert tokens == expected
+    assert steps == [slice(1, 5), slice(6, 8)]
+    assert counts.misses[5] > 0
+    assert not counts.misses[8:].any()
+    greedy = generate(olmoe, slots=8)[0]
+    with LiveRun(
+        olmoe, composition(read_system("lru")), 8, requests=2, new_tokens=NEW_TOKENS, most_prompt_tokens=11, **options
+    ) as run:
+        assert [run.request(PROMPTS[0]).tokens, run.request(PROMPTS[1], forced=greedy[1][:-1]).tokens] == greedy
+
+
+def test_more_forced_tokens_than_announced_are_refused(olmoe):
+    with pytest.raises(InputError, match="5 tokens are forced; the run was set up for at most 4"):
+        generate(olmoe, slots=8, forced=[1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_system_that_knows_the_future_runs_on_what_a_run_before_recorded(olmoe, graphs):
+    options = {"graphs": graphs, "recorder": Recorder() if graphs else None, "prove": True}
+    expected, _, _, future, _ = run_forced(olmoe, "lru", 32, preload=True, **options)
+    assert len(future.offsets) == (2 + 4 + 2) * len(olmoe.layers) + 1
+    tokens, _, counts, again, unforeseen = run_forced(olmoe, "clairvoyant", 16, future=future, **options)
+    assert (tokens, unforeseen) == (expected, 0)
+    assert again.offsets.tolist() == future.offsets.tolist()
+    assert counts.predicted == counts.predicted_and_needed > 0
+    assert 0 < counts.misses.sum() < run_forced(olmoe, "lru", 16, **options)[2].misses.sum()
+
+
+def test_what_the_future_did_not_say_is_counted_and_passes_beyond_it_are_refused(olmoe):
+    _, _, _, future, _ = run_forced(olmoe, "lru", 32, preload=True)
+    wrong = future._replace(keys=future.keys.copy())
+    start, stop = wrong.offsets[4:6]  # the first layer of the first decode pass
+    wrong.keys[start] = next(key for key in range(olmoe.experts) if key not in wrong.keys[start:stop])
+    tokens, _, _, _, unforeseen = run_forced(olmoe, "perfect_prediction", 16, future=wrong)
+    assert unforeseen == 1
+    assert tokens == run_forced(olmoe, "lru", 32)[0]
+    with pytest.raises(InputError, match="pass 9 is not among those that were recorded"):
+        generate(olmoe, "clairvoyant", 16, future=future)
 
 
 # ---- decisions ---------------------------------------------------------------------------------------------------

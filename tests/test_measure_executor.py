@@ -5,9 +5,9 @@ import yaml
 from test_hardware import tiny_profile
 
 from real.calibration import Entry, executor_constants, executor_figures, profile_text
-from real.cells import GRID_MODELS, decoder_shape
+from real.cells import GRID, decoder_shape
 from real.decoder import ModelShape
-from real.measure_executor import CONTEXTS, LAYERS, MODELS, ROUNDS, ShapeTimes, measure_executor
+from real.measure_executor import CONTEXTS, LAYERS, MODELS, ShapeTimes, measure_executor
 from sim.config import compose_config
 from sim.costs import make_costs
 from sim.hardware import make_hardware, model_spec
@@ -95,7 +95,7 @@ def test_times_of_a_model_that_are_not_whole_are_refused():
         make_hardware({**tiny_profile(), "models": {"m": times}})
 
 
-@pytest.mark.parametrize("name", GRID_MODELS)
+@pytest.mark.parametrize("name", GRID)
 def test_measured_decoders_are_those_of_the_models(name):
     assert MODELS[name] == decoder_shape(model_spec(compose_config("simulate", [f"model={name}"])["model"]))
 
@@ -105,11 +105,11 @@ def test_the_runs_give_samples_of_everything_on_a_cpu_too():
     found = measure_executor({"tiny": ModelShape(8, 8, 2, 16, 8, 8, 1, 32)}, lambda what: None, where="cpu", steps=steps)[
         "tiny"
     ]
-    events = ROUNDS * steps * LAYERS
+    events = steps * LAYERS  # of the quietest round
     assert sorted(found.attention) == list(CONTEXTS)
     assert sorted(found.groups) == [1, 2]
     assert [len(found.groups[count]) for count in (1, 2)] == [events, events]
-    assert (len(found.shared), len(found.gate_to_residents), len(found.step)) == (events, events, ROUNDS * steps)
+    assert (len(found.shared), len(found.gate_to_residents), len(found.step)) == (events, events, steps)
     assert len(found.copy_first) == len(found.copy_behind) == len(found.gate_to_copy) == events
     assert min(min(found.shared), min(found.attention[CONTEXTS[0]])) > 0
 

@@ -1,5 +1,7 @@
 """Where the time of a step went, from marks set by hand."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -35,7 +37,7 @@ def timeline():
     timeline.begin_layer(0, 0)
     timeline.gate_issued()  # 10
     timeline.shared_issued()  # 13
-    timeline.routed()
+    timeline.routed(time.perf_counter_ns())
     timeline.decided()
     timeline.mark_start()  # 15
     timeline.mark_end()  # 25
@@ -43,7 +45,7 @@ def timeline():
     timeline.begin_layer(0, 1)  # 27
     timeline.gate_issued()  # 37
     timeline.shared_issued()
-    timeline.routed()
+    timeline.routed(time.perf_counter_ns())
     for _ in range(2):
         timeline.mark_copy(1, 100, True, False, lambda: None)
     timeline.decided()

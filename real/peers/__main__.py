@@ -1,8 +1,8 @@
 """Run every arm on one model, repeats interleaved: ``python -m real.peers --out DIR --minutes 6``.
 
-First the identity checks of `real.identity`. Then, repeat by repeat, every arm generates for a prompt that warms it up and
-one that is timed; the first repeat is dropped. Every row is written as soon as it is there, ``summary.json`` in the end,
-also when time is up.
+First the identity checks of `real.identity`. Then, repeat by repeat, every arm decodes given random tokens, the same for
+all, after a prompt that warms it up and after one that is timed. The first repeat is short and dropped. Every row is written
+as soon as it is there, ``summary.json`` in the end, also when time is up.
 """
 
 from __future__ import annotations
@@ -10,24 +10,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 from real.host import undisturbed
-from real.identity import check_all, prompts_of
+from real.identity import check_all, failed, prompts_of
 from real.live_model import LiveModel, random_model
 from real.peers.arms import Arm, all_arms
-from real.peers.report import summarise, table
+from real.peers.report import FORMAT, defects, summarise, table
 from real.replay import device_errors, free_device_memory
 from traces.errors import InputError
 
 BUDGETS = (0.25, 0.5)
+DROPPED_TOKENS = 2
+"""Of each request in the first repeat: enough that all is compiled, and a captured pass replayed."""
 SHAPES: dict[str, dict[str, int]] = {
     "olmoe": {"intermediate_size": 1024},  # the published model's; the class's default is another
     "tiny": {
@@ -53,25 +57,41 @@ def build_model(shape: str, where: str) -> LiveModel:
     return model
 
 
-def run_arm(arm: Arm, model: LiveModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-    """Open an arm, warm it up with all prompts but the last, time that, and return the row. Raises InputError."""
-    new_tokens = max(int(arm.share_of_tokens * new_tokens), 3)
-    prompts = prompts if arm.share_of_tokens >= 0.5 else prompts[-1:]
+class Task(NamedTuple):
+    """What every arm does once: run a prompt, then decode given tokens."""
+
+    prompt: list[int]
+    forced: list[int]
+
+
+def tasks_of(vocabulary: int, prompt_tokens: int, warm_up_tokens: int, tokens: int) -> list[Task]:
+    """Return one task that warms an arm up and the one that is timed, of random tokens, the same in every call."""
+    lengths = (prompt_tokens, prompt_tokens, warm_up_tokens, tokens)
+    first, second, *forced = prompts_of(vocabulary, lengths, seed=1)
+    return [Task(first, forced[0]), Task(second, forced[1])]
+
+
+def run_arm(arm: Arm, model: LiveModel, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Open an arm, warm it up with all tasks but the last, time that, and return the row. Raises InputError."""
+    tasks = [Task(prompt, forced[: arm.most_tokens]) for prompt, forced in tasks]
     on_gpu = model.where != "cpu"
     free_device_memory()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    with device_errors(arm.name), arm.opened(model, len(prompts), new_tokens, max(map(len, prompts))) as opened:
+    most_passes = 1 + max(len(task.forced) for task in tasks)
+    most_prompt = max(len(task.prompt) for task in tasks)
+    with device_errors(arm.name), arm.opened(model, len(tasks), most_passes, most_prompt) as opened:
         with undisturbed():
-            for prompt in prompts[:-1]:
-                opened.request(prompt)
-            request = opened.request(prompts[-1])
-        facts = opened.facts(len(prompts) - 1)
+            for task in tasks[:-1]:
+                opened.request(*task)
+            request = opened.request(*tasks[-1])
+        facts = opened.facts(len(tasks) - 1)
     return {
         "arm": arm.name,
-        "offloads": arm.offloads,
-        "budget": getattr(arm, "budget", None),
+        "kind": arm.kind,
+        "kernel": arm.kernel,
+        "budget": arm.budget,
         "tokens_per_s": request.tokens_per_s,
         "prefill_s": request.prefill_s,
         "decoded": len(request.tokens) - 1,
@@ -84,27 +104,31 @@ def run_arm(arm: Arm, model: LiveModel, prompts: Sequence[Sequence[int]], new_to
 
 
 def compare(
-    model: LiveModel, arms: Sequence[Arm], out: Path, *, repeats: int, prompt_tokens: int, new_tokens: int, end: float
+    model: LiveModel, arms: Sequence[Arm], out: Path, tasks: Sequence[Task], *, repeats: int, end: float
 ) -> list[dict[str, Any]]:
-    """Run all arms `repeats` times, in turn, until the time is up; write and return the rows."""
-    vocabulary = model.model.get_input_embeddings().num_embeddings
-    prompts = prompts_of(vocabulary, (prompt_tokens, prompt_tokens), seed=1)
+    """Run all arms `repeats` times, in turn, until the time is up; write and return the rows.
+
+    The first of several repeats decodes few tokens. Slow arms run in the second alone.
+    """
+    short = [Task(prompt, forced[:DROPPED_TOKENS]) for prompt, forced in tasks]
+    once = min(1, repeats - 1)
     rows: list[dict[str, Any]] = []
     gone: set[str] = set()
     for repeat in range(repeats):
         for arm in arms:
+            if arm.name in gone or (arm.slow and repeat != once):
+                continue
             if time.monotonic() > end:
                 print(f"time is up in repeat {repeat}: {arm.name} and what follows did not run", flush=True)
                 return rows
-            if arm.name in gone or (repeat > 1 and arm.share_of_tokens < 0.1):
-                continue
             row: dict[str, Any]
             try:
-                row = run_arm(arm, model, prompts, new_tokens)
+                row = run_arm(arm, model, short if repeat < once else tasks)
             except Exception as error:  # the other arms are to run all the same
                 gone.add(arm.name)
                 row = {
                     "arm": arm.name,
+                    "kind": arm.kind,
                     "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 }
                 del error
@@ -129,7 +153,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit status: 1 where tokens changed that must not."""
+    """Run the command; return its exit status: 1 where ours failed or gave another token than the resident model."""
     parser = argparse.ArgumentParser(prog="python -m real.peers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6.0, help="start no arm after so many minutes")
@@ -137,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="olmoe")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=65)
+    parser.add_argument("--warm-up-tokens", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32, help="decoded and timed; where a token takes seconds, the first 3")
     parser.add_argument("--skip-identity", action="store_true", help="do not check small models first")
     parser.add_argument(
         "--only", default="", help="run only the arms whose name contains one of these texts, comma separated"
@@ -169,23 +194,22 @@ def _run(chosen: argparse.Namespace, end: float) -> int:
         model = build_model(chosen.shape, where)
     wanted = [text.strip() for text in chosen.only.split(",") if text.strip()]
     arms = [arm for arm in all_arms(BUDGETS) if not wanted or any(text in arm.name for text in wanted)]
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    tasks = tasks_of(vocabulary, chosen.prompt_tokens, chosen.warm_up_tokens, chosen.tokens)
     try:
-        rows = compare(
-            model,
-            arms,
-            out,
-            repeats=chosen.repeats,
-            prompt_tokens=chosen.prompt_tokens,
-            new_tokens=chosen.new_tokens,
-            end=end,
-        )
+        rows = compare(model, arms, out, tasks, repeats=chosen.repeats, end=end)
         summary = {
+            "format": FORMAT,
             "model": model.name,
             "experts": [len(model.layers), model.experts, model.top_k],
             "expert_bytes": model.layout.expert_bytes,
             "device": torch.cuda.get_device_name() if where != "cpu" else "stand-in on a CPU",
+            "cpus": os.cpu_count(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "date": datetime.now(UTC).date().isoformat(),
+            "prompt_tokens": chosen.prompt_tokens,
+            "warm_up_tokens": chosen.warm_up_tokens,
             "identity": identity,
             **summarise(rows),
         }
@@ -193,8 +217,10 @@ def _run(chosen: argparse.Namespace, end: float) -> int:
         model.close()
     (out / "summary.json").write_text(json.dumps(_finite(summary), indent=1) + "\n")
     print(table(summary))
-    changed = [row for row in identity if row.get("different") or "error" in row]
-    return 1 if changed else 0
+    wrong = defects(summary) + [f"identity is not proved: {row['architecture']}" for row in identity if failed(row)]
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _finite(value: Any) -> Any:

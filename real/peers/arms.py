@@ -1,6 +1,6 @@
 """The arms of a comparison: each opens on a model with its experts in host memory, generates, and leaves nothing behind.
 
-All arms run the same non-expert weights through the same loop; they differ in where experts are and in what computes them.
+All arms run the same non-expert weights on the same tokens; they differ in where experts are and in what computes them.
 An arm that needs a package raises InputError where it is not installed.
 """
 
@@ -18,7 +18,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from policies.contract import Future
+from real.decoder import GRAPH_TOKENS
 from real.live import LiveRun, Request
+from real.live_decoder import is_plain_silu
 from real.live_model import LiveModel
 from real.replay import free_device_memory
 from real.systems import composition, read_system
@@ -29,45 +32,56 @@ class Arm(ABC):
     """One way of running a model."""
 
     name: str
+    kind: str
+    """``resident``, where all experts are on the device; else ``peer``, ``equal`` (a peer's way on our kernel), ``ours``, or
+    ``anchor``, which knows the future."""
+    kernel: str
+    """What computes experts: the arm's tokens are those of ``resident KERNEL``, if it is right."""
+    budget: float | None = None
+    """Of all experts, on the device at once; None where the arm has no such limit."""
     device_experts: int | None = None
     """Experts that fit on the device at once, where the arm has such a limit."""
-    offloads = True
-    """Whether it competes: experts come from host memory as they are needed."""
-    share_of_tokens = 1.0
-    """Of the tokens asked for; less for arms that take seconds a token."""
+    most_tokens: int | None = None
+    """It decodes at most so many of the tokens, since each takes seconds."""
+    slow = False
+    """Whether it is run once, and not in every repeat."""
 
     @abstractmethod
     @contextmanager
     def opened(self, model: LiveModel, requests: int, new_tokens: int, most_prompt_tokens: int) -> Iterator[Any]:
-        """Open the arm; what is yielded has `request(prompt)` and `facts(request)`."""
+        """Open the arm; what is yielded has `request(prompt, forced)` and `facts(request)`, as in `_Loop`."""
 
 
 class _Loop:
-    """Generates with the model's own forward, greedily; counts are whoever computes the experts'."""
+    """Decodes given tokens with the model's own forward; counts are whoever computes the experts'."""
 
-    def __init__(self, model: LiveModel, new_tokens: int) -> None:
-        self.model, self.new_tokens = model, new_tokens
+    def __init__(self, model: LiveModel) -> None:
+        self.model, self.passes = model, 0
         accepted = inspect.signature(model.model.forward).parameters
         self._arguments: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in accepted:
             self._arguments["logits_to_keep"] = 1
         self.begin_decode: Any = lambda: None
 
-    def request(self, prompt: Sequence[int]) -> Request:
-        """Generate for one prompt and wait until the device is done."""
+    def request(self, prompt: Sequence[int], forced: Sequence[int]) -> Request:
+        """Run the prompt, then a pass for each of the tokens `forced`, and wait until the device is done.
+
+        As in `LiveRun.request`, what is returned is the likeliest token of every pass.
+        """
+        self.passes = len(forced)
         with torch.no_grad():
+            given = torch.tensor([list(forced)], dtype=torch.int64).to(self.model.where)
             start = time.perf_counter()
             ids = torch.tensor([list(prompt)]).to(self.model.where)
             output = self.model.model(input_ids=ids, **self._arguments)
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]
             self._wait()
             self.begin_decode()
             middle = time.perf_counter()
-            tokens = [token]
-            for _ in range(1, self.new_tokens):
-                output = self.model.model(input_ids=token, past_key_values=output.past_key_values, **self._arguments)
-                token = output.logits[:, -1].argmax(-1, keepdim=True)
-                tokens.append(token)
+            for place in range(self.passes):
+                fed = given[:, place : place + 1]
+                output = self.model.model(input_ids=fed, past_key_values=output.past_key_values, **self._arguments)
+                tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
             self._wait()
             end = time.perf_counter()
         return Request(torch.cat(tokens, 1)[0].tolist(), middle - start, end - middle)
@@ -84,7 +98,7 @@ class _Loop:
 class Resident(Arm):
     """All experts on the device, computed by one of transformers' own kernels."""
 
-    offloads = False
+    kind = "resident"
 
     def __init__(self, kernel: str) -> None:
         self.name, self.kernel = f"resident {kernel}", kernel
@@ -93,13 +107,14 @@ class Resident(Arm):
     def opened(self, model: LiveModel, requests: int, new_tokens: int, most_prompt_tokens: int) -> Iterator[Any]:
         """Put every layer's fused experts on the device."""
         with _with_experts(model, self.kernel, lambda layer: model.fused(layer, model.where)):
-            yield _Loop(model, new_tokens)
+            yield _Loop(model)
 
 
 class Accelerate(Arm):
     """Accelerate's CPU offload: before a layer computes, all its experts come to the device, and go again."""
 
-    share_of_tokens = 0.05
+    kind, kernel = "peer", "grouped_mm"
+    most_tokens, slow = 3, True
 
     def __init__(self) -> None:
         self.name = "accelerate cpu offload"
@@ -111,11 +126,11 @@ class Accelerate(Arm):
         accelerate = _package("accelerate")
         modules = [layer.experts for layer in model.layers]
         device = torch.device("cpu" if model.where == "cpu" else "cuda:0")
-        with _with_experts(model, "grouped_mm", lambda layer: model.fused(layer, "cpu")):
+        with _with_experts(model, self.kernel, lambda layer: model.fused(layer, "cpu")):
             try:
                 for module in modules:
                     accelerate.cpu_offload(module, execution_device=device)
-                yield _Loop(model, new_tokens)
+                yield _Loop(model)
             finally:
                 for module in modules:
                     hooks.remove_hook_from_module(module, recurse=True)
@@ -125,19 +140,23 @@ class PerLayerLRU(Arm):
     """What early offloading code does: an LRU for each layer, loads one by one on the compute stream, an eager loop.
 
     After the style of mixtral-offloading (arXiv 2312.17238, github.com/dvmazur/mixtral-offloading at ce54518): one pinned
-    block and one copy an expert, ids read with ``.tolist()``; with `write_back`, who leaves is copied to the host.
+    block and one copy an expert, ids read with ``.tolist()``; with `write_back`, who leaves is copied to the host. With
+    `our_kernel` experts are computed as ours are, so that what differs from ours is the executor alone.
     """
 
-    share_of_tokens = 0.5
+    budget: float
 
-    def __init__(self, budget: float, *, write_back: bool) -> None:
-        self.name = f"per-layer lru, {'write-back' if write_back else 'no write-back'}, {budget:g}"
-        self.budget, self.write_back = budget, write_back
+    def __init__(self, budget: float, *, write_back: bool = False, our_kernel: bool = False) -> None:
+        what = "our kernel" if our_kernel else "write-back" if write_back else "no write-back"
+        self.name = f"per-layer lru, {what}, {budget:g}"
+        self.kind, self.kernel = ("equal", "foregate, eager") if our_kernel else ("peer", "eager")
+        self.budget, self.write_back, self.our_kernel = budget, write_back, our_kernel
 
     @contextmanager
     def opened(self, model: LiveModel, requests: int, new_tokens: int, most_prompt_tokens: int) -> Iterator[Any]:
         """Allocate each layer's slots."""
-        cache = _Cache(model, max(int(self.budget * model.experts), 1), self.write_back, new_tokens)
+        per_layer = max(int(self.budget * model.experts), 1)
+        cache = _CacheForOurKernel(model, per_layer) if self.our_kernel else _Cache(model, per_layer, self.write_back)
         self.device_experts = cache.per_layer * len(model.layers)
         with model.serving(cache.experts):
             yield cache
@@ -146,8 +165,8 @@ class PerLayerLRU(Arm):
 class _Cache(_Loop):
     """The slots of `PerLayerLRU`."""
 
-    def __init__(self, model: LiveModel, per_layer: int, write_back: bool, new_tokens: int) -> None:
-        super().__init__(model, new_tokens)
+    def __init__(self, model: LiveModel, per_layer: int, write_back: bool) -> None:
+        super().__init__(model)
         self.per_layer, self.write_back = per_layer, write_back
         layers, size = len(model.layers), model.layout.slot_bytes
         self.slots = torch.zeros(layers * per_layer, size, dtype=torch.uint8, device=model.where)
@@ -161,17 +180,13 @@ class _Cache(_Loop):
 
     def experts(self, layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
         """Compute a layer's experts one after the other, each loaded when its turn comes."""
-        module: Any = self.model.layers[layer].experts
         output = torch.zeros_like(hidden)
         chosen = ids.tolist()
         for expert in dict.fromkeys(expert for row in chosen for expert in row):
             if expert >= self.model.experts:
                 continue
-            slot = self._slot(layer, expert)
             token, place = torch.where(ids == expert)
-            wide = self._linear(module, hidden[token], self._first, slot)
-            narrow = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
-            part = self._linear(module, narrow, self._second, slot) * weights[token, place, None]
+            part = self._expert(layer, hidden[token], self._slot(layer, expert)) * weights[token, place, None]
             output.index_add_(0, token, part.to(output.dtype))
         return output
 
@@ -204,6 +219,13 @@ class _Cache(_Loop):
         resident[expert] = slot
         return slot
 
+    def _expert(self, layer: int, hidden: Any, slot: int) -> Any:
+        """Compute the expert in a slot with plain products and the model's own activation."""
+        module: Any = self.model.layers[layer].experts
+        wide = self._linear(module, hidden, self._first, slot)
+        narrow = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
+        return self._linear(module, narrow, self._second, slot)
+
     def _linear(self, module: Any, x: Any, name: str, slot: int) -> Any:
         matrix = self._tensors[name][slot]
         bias = self._tensors[f"{name}_bias"][slot] if module.has_bias else None
@@ -213,17 +235,77 @@ class _Cache(_Loop):
         self.hits = self.misses = self.written = 0
 
 
+class _CacheForOurKernel(_Cache):
+    """The same cache and loads, computed as `LiveDecoder` does: one kernel over slots in decode passes on a GPU.
+
+    An event's experts are touched before those that it lacks are loaded, since the kernel needs all of them at once. Every
+    output is kept and summed in fp32, heaviest expert first, in which order the router names them.
+    """
+
+    def __init__(self, model: LiveModel, per_layer: int) -> None:
+        super().__init__(model, per_layer, write_back=False)
+        self._kernels = self._use_kernels(model.where)
+        if self._kernels:
+            module: Any = model.layers[0].experts
+            self._elements = self.slots.view(model.layout.dtype)
+            size, width = model.layout.shapes[model.layout.names.index(self._second)]
+            if not is_plain_silu(module) or model.layout.offsets[1] != 2 * width * size:
+                raise InputError(f"{model.name}: the arm with our kernel computes down(silu(gate) * up) alone")
+            entries, where = GRAPH_TOKENS * model.top_k, model.where
+            self._activation = torch.zeros(entries, width, dtype=torch.float32, device=where)
+            self._y = torch.zeros(entries, size, dtype=torch.float32, device=where)
+            self._slots_on_host = torch.zeros(entries, dtype=torch.int32, pin_memory=where != "cpu")
+            self._slots_on_device = torch.zeros(entries, dtype=torch.int32, device=where)
+            self._turn = torch.zeros(1, dtype=torch.int32, device=where)
+
+    @staticmethod
+    def _use_kernels(where: str) -> bool:
+        """Whether decode passes run on the Triton kernel: on a GPU."""
+        return where != "cpu"
+
+    def experts(self, layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
+        """Load and compute a layer's experts: all at once in a decode pass, one after the other in a prompt's."""
+        chosen = [expert for row in ids.tolist() for expert in row]
+        resident = self._resident[layer]
+        union = sorted(dict.fromkeys(chosen), key=lambda expert: expert not in resident)
+        if self._kernels and len(hidden) <= GRAPH_TOKENS and len(union) <= self.per_layer:
+            slots = {expert: self._slot(layer, expert) for expert in union}
+            return self._all_at_once([slots[expert] for expert in chosen], hidden, weights)
+        y = torch.zeros(ids.numel(), hidden.shape[1], device=hidden.device)
+        for expert in union:
+            places = torch.where(ids.reshape(-1) == expert)[0]
+            y[places] = self._expert(layer, hidden[places // ids.shape[1]], self._slot(layer, expert)).float()
+        return (y.view(*ids.shape, -1) * weights.float()[..., None]).sum(1).to(hidden.dtype)
+
+    def _all_at_once(self, slots: list[int], hidden: Any, weights: Any) -> Any:
+        """Compute the experts in `slots` [n * K] for `hidden` [n, H], and sum them by `weights` [n, K]."""
+        from real import kernels
+
+        entries = len(slots)
+        on_host, on_device = self._slots_on_host[:entries], self._slots_on_device[:entries]
+        on_host.copy_(torch.tensor(slots, dtype=torch.int32))  # the read of ids waited for the copy of the layer before
+        on_device.copy_(on_host, non_blocking=True)
+        y, output = self._y[:entries], torch.empty_like(hidden)
+        kernels.experts_by_slot(
+            hidden.contiguous(), self._elements, on_device, self._activation[:entries], y, weights.shape[1]
+        )
+        kernels.combine(y, weights.float().contiguous(), output, self._turn)
+        return output
+
+
 class PolicyLang(Arm):
     """moe-policylang 1.15.0's LRU (MIT, from PyPI), as it is shipped, or copying from memory that we registered.
 
     Its cache is keyed by the expert without the layer, so its hit rate is not that of an LRU of as many experts.
     """
 
-    share_of_tokens = 0.25
+    kind, kernel = "peer", "eager"
+    budget: float
 
     def __init__(self, budget: float, *, pinned: bool) -> None:
         self.name = f"moe-policylang, {'pinned by us' if pinned else 'as shipped'}, {budget:g}"
         self.budget, self.pinned = budget, pinned
+        self.slow = not pinned
 
     @contextmanager
     def opened(self, model: LiveModel, requests: int, new_tokens: int, most_prompt_tokens: int) -> Iterator[Any]:
@@ -238,10 +320,10 @@ class PolicyLang(Arm):
                 return model.fused(layer, "cpu")
             return {name: tensor[layer * rows : (layer + 1) * rows] for name, tensor in model.tensors.items()}
 
-        with _with_experts(model, "eager", source):
+        with _with_experts(model, self.kernel, source):
             manager = package.attach(model.model, f"policy lru {{ cache {{ capacity = {capacity}  eviction = lru }} }}")
             try:
-                yield _Managed(model, new_tokens, manager)
+                yield _Managed(model, manager)
             finally:
                 manager.detach()
                 for layer in model.layers:  # it puts back bound methods where there were none
@@ -253,8 +335,8 @@ class PolicyLang(Arm):
 class _Managed(_Loop):
     """Reads moe-policylang's own counts."""
 
-    def __init__(self, model: LiveModel, new_tokens: int, manager: Any) -> None:
-        super().__init__(model, new_tokens)
+    def __init__(self, model: LiveModel, manager: Any) -> None:
+        super().__init__(model)
         self._manager = manager
         self.begin_decode = self._note
         self._before = (0, 0)
@@ -262,7 +344,7 @@ class _Managed(_Loop):
     def facts(self, request: int) -> dict[str, Any]:
         """Return hits and bytes of the decode passes of the last request."""
         loads, moved = (now - then for now, then in zip(self._counts(), self._before, strict=True))
-        needed = (self.new_tokens - 1) * len(self.model.layers) * self.model.top_k
+        needed = self.passes * len(self.model.layers) * self.model.top_k
         return {"hit_rate": 1 - loads / needed if needed else float("nan"), "bytes_h2d": moved}
 
     def _note(self) -> None:
@@ -273,32 +355,52 @@ class _Managed(_Loop):
         return stats.cpu_to_gpu_transfers, stats.bytes_transferred
 
 
-class Ours(Arm):
-    """This project's executor with one of its systems; with a budget of 1 all experts are brought in before."""
+class Recorded:
+    """What the router chose in the last run of the resident model, for arms that know the future."""
 
-    def __init__(self, system: str, budget: float, *, graphs: bool) -> None:
+    routing: Future | None = None
+
+
+class Ours(Arm):
+    """This project's executor with one of its systems; with a budget of 1 all experts are brought in before.
+
+    The resident model puts its routing into `recorded`, if given; a system that needs the future has it from there.
+    """
+
+    budget: float
+
+    def __init__(self, system: str, budget: float, *, graphs: bool, recorded: Recorded | None = None) -> None:
         how = "graphs" if graphs else "eager"
-        self.offloads = budget < 1
-        self.name = f"foregate {system}, {how}, {budget:g}" if self.offloads else f"resident foregate, {how}"
-        self.system, self.budget, self.graphs = system, budget, graphs
+        self._parts = composition(read_system(system))
+        self._foresees = "future" in self._parts.needs
+        self.kind = "resident" if budget >= 1 else "anchor" if self._foresees else "ours"
+        self.kernel = f"foregate, {how}"
+        self.name = "resident " + self.kernel if self.kind == "resident" else f"foregate {system}, {how}, {budget:g}"
+        self.budget, self.graphs, self._recorded = budget, graphs, recorded
 
     @contextmanager
     def opened(self, model: LiveModel, requests: int, new_tokens: int, most_prompt_tokens: int) -> Iterator[Any]:
-        """Open a live run."""
+        """Open a live run. Raises InputError where it knows the future and nobody recorded that."""
+        future = self._recorded.routing if self._recorded and self._foresees else None
+        if self._foresees and future is None:
+            raise InputError(f"'{self.name}' knows the future from 'resident {self.kernel}', which did not run before it")
         everything = len(model.layers) * model.experts
         slots = int(self.budget * everything)
         self.device_experts = slots
         with LiveRun(
             model,
-            composition(read_system(self.system)),
+            self._parts,
             slots,
             requests=requests,
             new_tokens=new_tokens,
             most_prompt_tokens=most_prompt_tokens,
             graphs=self.graphs,
-            preload=not self.offloads,
+            preload=self.kind == "resident",
+            future=future,
         ) as run:
             yield _Live(run)
+            if self._recorded and self.kind == "resident":
+                self._recorded.routing = run.routing()
 
 
 class _Live:
@@ -308,9 +410,9 @@ class _Live:
         self.run = run
         self._sent = 0
 
-    def request(self, prompt: Sequence[int]) -> Request:
-        """Generate for one prompt."""
-        return self.run.request(prompt, on_decode=self._begin_decode)
+    def request(self, prompt: Sequence[int], forced: Sequence[int]) -> Request:
+        """Run the prompt, and decode the tokens `forced`."""
+        return self.run.request(prompt, self._begin_decode, forced=forced)
 
     def facts(self, request: int) -> dict[str, Any]:
         """Return counts and host times of the decode passes of a request."""
@@ -327,6 +429,7 @@ class _Live:
             "link_bytes_per_s": self.run.link_rate,
             "host_per_layer_ns": {**issue, **{name: value for name, value in parts.items() if name != "issue_gate"}},
             "step_ns_median": float(np.median(timeline.step_ns[steps.start : steps.stop - 1])),
+            "unforeseen_events": self.run.unforeseen(),
             "graphs": self.run.graphs,
             "notes": self.run.notes,
         }
@@ -360,17 +463,21 @@ def _package(name: str) -> Any:
         raise InputError(f"the package {name.partition('.')[0]} is not installed: {error}") from error
 
 
-SYSTEMS = ("lru_per_layer", "lru", "lrfu", "next_gate_lrfu", "fate")
+SYSTEMS = ("lru_per_layer", "lru", "next_gate", "next_gate_lrfu", "fate", "clairvoyant")
 
 
 def all_arms(budgets: Sequence[float]) -> list[Arm]:
-    """Return the arms: the resident model with every kernel, the peers, and ours."""
-    arms: list[Arm] = [Resident("grouped_mm"), Resident("batched_mm"), Resident("eager")]
-    arms += [Ours("lru", 1.0, graphs=graphs) for graphs in (False, True)]
+    """Return the arms, in the order in which they run: what is compared with one another stands together, slow arms last.
+
+    The resident model comes first: `clairvoyant` knows its routing.
+    """
+    recorded = Recorded()
+    arms: list[Arm] = [Ours("lru", 1.0, graphs=True, recorded=recorded), Ours("lru", 1.0, graphs=False)]
     for budget in budgets:
-        arms += [PerLayerLRU(budget, write_back=write_back) for write_back in (True, False)]
-        arms += [Ours(system, budget, graphs=True) for system in SYSTEMS]
-        arms += [Ours(system, budget, graphs=False) for system in ("lru_per_layer", "next_gate_lrfu")]
-    arms += [PolicyLang(budgets[0], pinned=pinned) for pinned in (False, True)]
-    arms.append(Accelerate())
+        arms += [PerLayerLRU(budget), PerLayerLRU(budget, our_kernel=True)]
+        arms += [Ours("lru_per_layer", budget, graphs=False)]
+        arms += [Ours(system, budget, graphs=True, recorded=recorded) for system in SYSTEMS]
+        arms += [Ours("next_gate_lrfu", budget, graphs=False), PerLayerLRU(budget, write_back=True)]
+    arms += [Resident("eager"), Resident("batched_mm"), Resident("grouped_mm")]
+    arms += [PolicyLang(budgets[0], pinned=True), PolicyLang(budgets[0], pinned=False), Accelerate()]
     return arms
