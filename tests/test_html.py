@@ -162,6 +162,14 @@ def test_figures_are_written_as_png_and_pdf_or_refused_with_a_reason(folder, tmp
     assert [sentence.partition(":")[0] for sentence in refused] == ["crossover", "miss_curve", "prediction_by_layer"]
 
 
+def test_figures_of_measured_cells_need_no_stored_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("real.validate.ground_truth", lambda: [("a_gpu", SUMMARY)])
+    assert main(["report", "figure=validation", f"results={tmp_path / 'none'}", f"out={tmp_path}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / f"validation.{kind}") for kind in ("png", "pdf")]
+    assert main(["report", "figure=host_time", f"results={tmp_path / 'none'}", f"out={tmp_path}"]) == 2
+    assert "host_time: no measured cell says its host time per layer" in capsys.readouterr().err
+
+
 def test_the_command(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(["report", "figure=budget_curve", "select={system: [lru, fate]}"]) == 0
