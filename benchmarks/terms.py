@@ -1,6 +1,6 @@
 """What each term of the memory model that a GPU taught is worth: errors on the ground truth with it left out.
 
-``python -m benchmarks.terms`` prints the table in docs/validation.md.
+``python -m benchmarks.terms`` prints the tables in docs/validation.md.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def without_terms(hardware: Hardware) -> dict[str, Hardware]:
 
 
 def main() -> None:
-    """Print a Markdown table."""
-    print("| left out | mean error | worst | worst cell |\n|---|---:|---:|---|")
+    """Print a Markdown table per GPU."""
     for folder in sorted(GROUND_TRUTH.iterdir()):
+        print(f"\n| left out, {folder.name} | mean error | worst | worst cell |\n|---|---:|---:|---|")
         runs = [(run, find_trace(run, folder)) for run in read_folder(folder)]
         for what, hardware in without_terms(make_hardware(read_json(folder / "hardware.json"))).items():
             reports = [compare_cell(run, trace, hardware) for run, trace in runs]

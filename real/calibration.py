@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from real.driver import driver_version
 from real.fitting import Summary, fit_kernel, fit_train, overhead_ns, rising, slowdown, summary
 from real.measure_host import EXPERT, HostTimes, measure_host
 from traces.atomic import write_atomically
@@ -120,7 +121,7 @@ def gpu_facts() -> dict[str, Any]:
     return {
         "device": properties.name,
         "memory_bytes": properties.total_memory,
-        "driver": _driver(),
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
     }
@@ -132,15 +133,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _driver() -> str | None:
-    """Return the version of NVIDIA's kernel module, where Linux shows it."""
-    try:
-        found = re.search(r"Module\s+([0-9.]+)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        return None
-    return found.group(1) if found else None
 
 
 # ---- from samples to constants -----------------------------------------------------------------------------------
