@@ -51,6 +51,7 @@ class Decisions:
         self.system = system
         self._rows = rows
         told = self.told = make_told(system.setting, np.zeros(system.setting.keys, EXPERT))
+        told.experts["pool"] = np.repeat(system.setting.pool_of, system.setting.experts)
         self.resident = memoryview(told.experts["resident"])
         """[keys] who holds a slot; the executor writes it."""
         self.holds = memoryview(told.holds)

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from policies.residency import HELD
 from real.decisions import Decisions, view
 from real.device import Device, Memory
-from sim.fast.callbacks import NOBODY
+from sim.fast.callbacks import NOBODY, WRONG
 from sim.fast.hooks import ADMIT, EVENT, EVICTION
 from sim.fast.native import FAILED, PARAMETERS, call, compiled, entry, keep
 
@@ -276,7 +276,11 @@ def _turn(state: Any, looks: Any, decide: Any, send: Any, d: Any) -> Any:
         return admitted
     if admitted == 0:
         return DECIDED
-    return _start_copy(state, told.demands[0], told.left[0])
+    leaving = told.left[0]
+    if leaving != NOBODY and told.experts[leaving].pool != pool:
+        told.room[0] = leaving
+        return WRONG
+    return _start_copy(state, told.demands[0], leaving)
 
 
 _turn_entry = entry(_turn)
