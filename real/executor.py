@@ -153,6 +153,11 @@ class Executor:
         self.left: list[int] = []
         """Keys that lost their slot since the running event was judged: for its prediction they are still there."""
         self.depth = system.prefetch.depth
+        self.due: tuple[int, int] | None = None
+        """The event from which nothing was predicted yet. Where nothing has to be awaited, the next gate is submitted first:
+        experts are computed sooner than the host has predicted and fed the link, and the device would stand still."""
+        self._drives = False
+        """Whether the next gate is the executor's to submit, and at once."""
         self._may_send = not system.composition.reupload_after_use
         """Whether the turn may start copies: renewals are queued whenever an event ends."""
 
@@ -175,6 +180,7 @@ class Executor:
 
     def run(self, steps: range | None = None) -> None:
         """Run `steps`, which follow those run before (all by default), and wait until the device is done."""
+        self._drives = True
         for step in steps if steps is not None else range(self.shape.steps):
             self.begin_step(step)
             for layer in range(self.shape.layers):
@@ -182,6 +188,7 @@ class Executor:
                 self.decoder.route(step, layer)
                 self.serve(step, layer)
             self.end_step(step)
+        self._drives = False
         self.finish()
 
     def begin_step(self, step: int) -> None:
@@ -194,11 +201,13 @@ class Executor:
         self.timeline.gate_issued()
         self.decoder.shared(step, layer)
         self.timeline.shared_issued()
+        self._predict_what_is_due()
         ended = self._await_routed(step, layer)
         self.timeline.routed(self.turn.seen_ns)
         self._serve_event(step, layer, sent=ended == SENT)
         self.timeline.experts_issued()
-        self._feed()
+        if self.due is None:
+            self._feed()
 
     def end_step(self, step: int) -> None:
         """End a step, all of whose layers were served."""
@@ -207,6 +216,7 @@ class Executor:
 
     def finish(self) -> None:
         """Wait until the device is done."""
+        self._predict_what_is_due()
         self.device.drain()
         self.link.poll()
 
@@ -308,9 +318,9 @@ class Executor:
             self.timeline.decided()
             self._compute(step, layer, present)
         self.link.send_demands()
-        if self.depth:
-            self._predict(step, layer)
-        self.link.go()
+        self.due = (step, layer)
+        if awaited or absent or not self._drives:
+            self._predict_what_is_due()
         self._compute_arriving(step, layer, present, arriving)
         self.wave = present + awaited + absent[:first]
         for start in range(first, len(absent), slots):
@@ -473,11 +483,16 @@ class Executor:
 
     # ---- prediction ------------------------------------------------------------------------------------------
 
-    def _predict(self, step: int, layer: int) -> None:
-        """Let the predictor learn from this event, and queue what the prefetch rule takes of its predictions."""
-        for key, target in self.decisions.look_ahead(step, layer, self.now):
-            self.transfers[key] = transfer = Transfer(key, target)
-            self.link.prefetch.append(transfer)
+    def _predict_what_is_due(self) -> None:
+        """Let the predictor learn from the last event, queue what the prefetch rule takes of it, and feed the link."""
+        if self.due is None:
+            return
+        (step, layer), self.due = self.due, None
+        if self.depth:
+            for key, target in self.decisions.look_ahead(step, layer, self.now):
+                self.transfers[key] = transfer = Transfer(key, target)
+                self.link.prefetch.append(transfer)
+        self.link.go()
 
     def _forget_who_left(self) -> None:
         """Let those that lost their slots during the event before be predicted again."""

@@ -4,7 +4,7 @@ import pytest
 from builders import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offloading import EXPERT_BYTES, offload
+from offloading import EXPERT_BYTES, Lookers, offload
 from test_engines_agree import AXES, cases, composition
 
 from real.device import COMPUTE, COPY, Device
@@ -121,6 +121,21 @@ def test_a_prefetch_that_lands_in_time_is_a_hit_and_one_in_flight_a_late_hit():
         for pace in ("eager", "lazy")
     }
     assert what == {"eager": ["prefetch", "landed", "hit"], "lazy": ["prefetch", "late_hit", "landed"]}
+
+
+def test_where_all_is_there_the_next_gate_is_submitted_before_prefetches_and_else_after_them(monkeypatch):
+    order = []
+    route, copy = Lookers.route, StandIn.copy
+    monkeypatch.setattr(Lookers, "route", lambda self, *where: order.append(f"route {where}") or route(self, *where))
+    monkeypatch.setattr(StandIn, "copy", lambda self, *what: order.append("copy") or copy(self, *what))
+    tried = composition(predictor="oracle", prefetch="top_n")
+    workload = make_workload(make_trace([[[0], [1], [2]], [[0], [1], [2]]]))
+    offload(tried, workload, 9, pace="eager", chunk=EXPERT_BYTES, window=EXPERT_BYTES)
+    assert order == [
+        *("route (0, 0)", "copy", "copy"),  # a demand, behind it what the next layer needs
+        *("route (0, 1)", "route (0, 2)", "copy"),
+        *("route (1, 0)", "route (1, 1)", "route (1, 2)"),
+    ]
 
 
 # ---- failures ----------------------------------------------------------------------------------------------------
