@@ -62,8 +62,9 @@ class Pump:
         self.prefetch: deque[Transfer] = deque()
         """Prefetches that the copy stream was not given whole."""
         self.in_flight: deque[tuple[int, int, Transfer | None]] = deque()
-        """(ticket, bytes, the transfer that ends with it) of every chunk that was given to the copy stream."""
-        self.in_flight_bytes = 0
+        """(ticket, bytes that count as sent ahead, the transfer that ends with it) of all that the copy stream was given."""
+        self.ahead_bytes = 0
+        """Bytes of prefetches that the copy stream was given and that have not landed; demands before them do not count."""
         self.bytes_sent = 0
         """All bytes ever given to the copy stream."""
 
@@ -71,7 +72,7 @@ class Pump:
         """Give the copy stream all demands, and prefetches up to the window."""
         self.poll()
         self.send_demands()
-        while self.prefetch and self.in_flight_bytes < self.window_bytes:
+        while self.prefetch and self.ahead_bytes < self.window_bytes:
             transfer = self.prefetch.popleft()
             if not transfer.started:
                 if not self._start(transfer):
@@ -107,7 +108,7 @@ class Pump:
         in_flight, device = self.in_flight, self.device
         while in_flight and device.done(COPY, in_flight[0][0]):
             _, size, transfer = in_flight.popleft()
-            self.in_flight_bytes -= size
+            self.ahead_bytes -= size
             if transfer is not None:
                 self._landed(transfer)
 
@@ -133,6 +134,7 @@ class Pump:
         last = stop == self.expert_bytes
         if last:
             transfer.ticket = ticket
-        self.in_flight.append((ticket, stop - start, transfer if last else None))
-        self.in_flight_bytes += stop - start
+        ahead = 0 if transfer.demand else stop - start
+        self.in_flight.append((ticket, ahead, transfer if last else None))
+        self.ahead_bytes += ahead
         self.bytes_sent += stop - start

@@ -123,11 +123,24 @@ def test_a_prefetch_that_lands_in_time_is_a_hit_and_one_in_flight_a_late_hit():
     assert what == {"eager": ["prefetch", "landed", "hit"], "lazy": ["prefetch", "late_hit", "landed"]}
 
 
-def test_where_all_is_there_the_next_gate_is_submitted_before_prefetches_and_else_after_them(monkeypatch):
-    order = []
+@pytest.fixture
+def order(monkeypatch):
+    """Gates and copies in the order in which they are submitted."""
+    found = []
     route, copy = Lookers.route, StandIn.copy
-    monkeypatch.setattr(Lookers, "route", lambda self, *where: order.append(f"route {where}") or route(self, *where))
-    monkeypatch.setattr(StandIn, "copy", lambda self, *what: order.append("copy") or copy(self, *what))
+    monkeypatch.setattr(Lookers, "route", lambda self, *where: found.append(f"route {where}") or route(self, *where))
+    monkeypatch.setattr(StandIn, "copy", lambda self, *what: found.append("copy") or copy(self, *what))
+    return found
+
+
+def test_a_prefetch_is_given_to_the_link_behind_a_demand_that_has_not_landed(order):
+    """Or the link would stand still from the landing until the host has seen it."""
+    tried = composition(predictor="oracle", prefetch="top_n")
+    offload(tried, make_workload(make_trace([[[0], [1]]])), 2, pace="lazy", chunk=EXPERT_BYTES, window=1)
+    assert order == ["route (0, 0)", "copy", "copy", "route (0, 1)"]
+
+
+def test_where_all_is_there_the_next_gate_is_submitted_before_prefetches_and_else_after_them(order):
     tried = composition(predictor="oracle", prefetch="top_n")
     workload = make_workload(make_trace([[[0], [1], [2]], [[0], [1], [2]]]))
     offload(tried, workload, 9, pace="eager", chunk=EXPERT_BYTES, window=EXPERT_BYTES)
