@@ -38,7 +38,8 @@ from sim.workload import Workload
 REFUSED = -2
 """What `Decisions.admit` returns where nobody may leave."""
 
-_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
+ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
+"""A function that was compiled to be called by its address (`sim.fast.native.entry`)."""
 
 
 class Decisions:
@@ -63,7 +64,7 @@ class Decisions:
         self._observed = observed
         table = self.table = self._hooks.table
         self._eviction = int(table[EVICTION])
-        self._admit, self._evicted = (_ENTRY(int(table[place])) for place in (ADMIT, EVICTED))
+        self._admit, self._evicted = (ENTRY(int(table[place])) for place in (ADMIT, EVICTED))
         depth, experts = system.prefetch.depth, system.setting.experts
         self._events = events
         self._look_ahead = compiled(look_ahead)

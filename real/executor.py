@@ -415,6 +415,7 @@ class Executor:
         self.busy[key] = True
         self._give_slot(key, leaving)
         self._has_slot(transfer)
+        assert transfer.slot == slot, "the turn and the executor disagree about a slot"
         if self.device.schedule is not None:
             self.device.schedule.submit(COPY, (), [SlotWrite(slot, key, 0, self.expert_bytes)])
         self.link.note_sent(transfer, self.device.recorded(COPY))

@@ -169,9 +169,8 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
             }
         )
     found = {name: _quietest([each[name] for each in rounds]) for name in rounds[0] if name != "ahead"}
-    found["ahead"] = [
-        sample for each in rounds for sample in each["ahead"]
-    ]  # a difference of two, which noise makes smaller
+    # Of a difference of two, which noise makes smaller as well as larger, all rounds count.
+    found["ahead"] = [sample for each in rounds for sample in each["ahead"]]
     for context in longer:
         found["attention"][context] = run("all resident", context, _WAITS, everything, preload=True).inner_attention
     return ShapeTimes(**found)

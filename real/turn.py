@@ -18,28 +18,34 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from policies.residency import HELD
-from real.decisions import Decisions, view
+from real.decisions import ENTRY, Decisions, view
 from real.device import Device, Memory
 from sim.fast.callbacks import NOBODY, WRONG
 from sim.fast.hooks import ADMIT, EVENT, EVICTION
-from sim.fast.native import FAILED, PARAMETERS, call, compiled, entry, keep
+from sim.fast.native import FAILED, call, compiled, entry, keep
 
 NOT_YET, THERE, DECIDED, SENT, BROKEN = range(5)
 """How a turn ended: the words are not all there; they are, and nothing was to be decided; the event is judged; besides, the
 first missing expert is on its way; the device refused its copy."""
 
-_START, _TOTAL, _COUNT, _TAG, _FIRST_KEY, _NOW, _POOL, _SLOTS, _FREE, _FREE_SLOT, _EVENT, _MARK_BEFORE, _MARK_AFTER = range(
-    13
-)
-_BITS, _OFFSET, _EXPERTS, _MEMCPY, _RECORD, _STREAM, _TO, _FROM, _SLOT_BYTES, _EXPERT_BYTES, _CLOCK, _TIME = range(13, 25)
-_UNION, _HITS, _MISSES, _LEAVING, _SLOT, _CODE = range(25, 31)
-"""Places of the numbers that a turn reads and writes: those of an event and of a call, those of the run, results."""
+_START, _TOTAL, _COUNT, _TAG = range(4)
+"""Places of numbers: the words of the event."""
+_FIRST_KEY, _NOW, _POOL, _SLOTS = range(4, 8)
+"""The event."""
+_FREE, _FREE_SLOT, _EVENT, _MARK_BEFORE, _MARK_AFTER = range(8, 13)
+"""What `Turn.send` is given."""
+_BITS, _OFFSET, _EXPERTS = range(13, 16)
+"""How words are read."""
+_MEMCPY, _RECORD, _STREAM, _TO, _FROM, _SLOT_BYTES, _EXPERT_BYTES = range(16, 23)
+"""How a copy is started."""
+_CLOCK, _TIME, _SEEN = range(23, 26)
+"""C's clock, where it writes the time, and whether it has since `Turn.expect`."""
+_UNION, _HITS, _MISSES, _LEAVING, _SLOT, _CODE = range(26, 32)
+"""Results."""
 
 MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 0)
 
 _INT64 = ir.IntType(64)
-
-_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (1 + PARAMETERS))
 
 
 class Words(NamedTuple):
@@ -80,7 +86,7 @@ class Turn:
         clock = _clock()
         calls = device.calls()
         self._kept = clock, calls
-        self._numbers: Any = np.zeros(31, np.int64)
+        self._numbers: Any = np.zeros(32, np.int64)
         for place, number in (
             (_BITS, words.bits),
             (_OFFSET, words.offset),
@@ -104,7 +110,7 @@ class Turn:
         bound = np.zeros(1, np.int64)
         if not compiled(_bind)(self._state, self._memory.ctypes.data, self._memory.nbytes, bound):
             raise ValueError("a turn has more arrays than there is room for")
-        self._call, self._at = _ENTRY(int(bound[0])), self._memory.ctypes.data
+        self._call, self._at = ENTRY(int(bound[0])), self._memory.ctypes.data
         self._read_ids, self._read_union = view(self._ids), view(self._union)
 
     def expect(self, words: Expected, first_key: int, now: int, pool: int, slots: int) -> None:
@@ -112,6 +118,7 @@ class Turn:
         numbers = self.numbers
         numbers[_START], numbers[_TOTAL], numbers[_COUNT], numbers[_TAG] = words
         numbers[_FIRST_KEY], numbers[_NOW], numbers[_POOL], numbers[_SLOTS] = first_key, now, pool, slots
+        numbers[_SEEN] = 0
 
     def take(self, looks: int) -> int:
         """Look for the words at most so often, and do no more; return `NOT_YET` or `THERE`."""
@@ -135,7 +142,7 @@ class Turn:
 
     @property
     def seen_ns(self) -> int:
-        """When the words were all there, on the host's clock."""
+        """When the words were first seen to be all there, on the host's clock; without C's clock, the time just now."""
         seconds, ns = self._time.tolist()
         return seconds * 1_000_000_000 + ns if self.numbers[_CLOCK] else time.perf_counter_ns()
 
@@ -212,14 +219,16 @@ def _start_copy(state: Any, key: Any, leaving: Any) -> Any:
     slot = numbers[_FREE_SLOT] if leaving == NOBODY else state.slot_of[leaving]
     numbers[_LEAVING], numbers[_SLOT] = leaving, slot
     stream, size = numbers[_STREAM], numbers[_SLOT_BYTES]
+    to, source = numbers[_TO] + slot * size, numbers[_FROM] + key * size
     code = 0
     if numbers[_MARK_BEFORE]:
-        code |= call_c(numbers[_RECORD], (numbers[_MARK_BEFORE], stream))
-    to, source = numbers[_TO] + slot * size, numbers[_FROM] + key * size
-    code |= call_c(numbers[_MEMCPY], (to, source, numbers[_EXPERT_BYTES], stream))
-    if numbers[_MARK_AFTER]:
-        code |= call_c(numbers[_RECORD], (numbers[_MARK_AFTER], stream))
-    code |= call_c(numbers[_RECORD], (numbers[_EVENT], stream))
+        code = call_c(numbers[_RECORD], (numbers[_MARK_BEFORE], stream))
+    if not code:
+        code = call_c(numbers[_MEMCPY], (to, source, numbers[_EXPERT_BYTES], stream))
+    if not code and numbers[_MARK_AFTER]:
+        code = call_c(numbers[_RECORD], (numbers[_MARK_AFTER], stream))
+    if not code:
+        code = call_c(numbers[_RECORD], (numbers[_EVENT], stream))
     numbers[_CODE] = code
     return BROKEN if code else SENT
 
@@ -236,8 +245,9 @@ def _turn(state: Any, looks: Any, decide: Any, send: Any, d: Any) -> Any:
     for place in range(start, stop):
         if look(words, place) >> bits != tag:
             return NOT_YET
-    if numbers[_CLOCK]:
+    if numbers[_CLOCK] and not numbers[_SEEN]:
         call_c(numbers[_CLOCK], (MONOTONIC, numbers[_TIME]))
+        numbers[_SEEN] = 1
     count, experts = numbers[_COUNT], numbers[_EXPERTS]
     for place in range(count):
         expert = (words[stop - count + place] & ((1 << bits) - 1)) - numbers[_OFFSET]

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from real.measured import MeasuredRun, from_replay, read_folder, replay_results, write_measured
+from real.measured import SHOWN_STEPS, MeasuredRun, from_replay, read_folder, replay_results, write_measured
 from real.validation import (
     CellReport,
     compare_cell,
@@ -22,7 +22,6 @@ from real.validation import (
     ranking,
     simulated_spans,
     summary,
-    tpots,
 )
 from sim import store
 from sim.config import Config, check_config, check_types, compose_config
@@ -95,12 +94,19 @@ def resolve_winner(overrides: list[str], config_dir: str | None = None) -> list[
 
 
 def _ground_truth() -> Path:
-    """Return the folder of committed measurements. Raises InputError unless there is one."""
+    """Return the first folder of committed measurements, and say so. Raises InputError where there is none."""
     folders = sorted(path.parent for path in GROUND_TRUTH.glob("*/summary.json"))
-    if len(folders) == 1:
-        return folders[0]
-    known = f"choose one of {', '.join(map(str, folders))}" if folders else "no measurements are committed yet"
-    raise InputError(f"there is no GPU that torch can use: give runs=FOLDER of measured runs ({known})")
+    if not folders:
+        raise InputError(
+            "there is no GPU that torch can use: give runs=FOLDER of measured runs (no measurements are committed yet)"
+        )
+    others = ", ".join(f"runs={folder}" for folder in folders[1:])
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"there is no GPU that torch can use: the measurements in {folders[0]} are compared"
+        + (f"; or {others}" * bool(others)),
+        markup=False,
+    )
+    return folders[0]
 
 
 def _stored(folder: Path, cells_file: str | None) -> list[Run]:
@@ -145,16 +151,16 @@ def _measure(
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     passes = Passes(cells)
     model = Model(cells[0].shape, where)
+    runs = []
     try:
         passes.run(model, lambda text: errors.print(text, markup=False))
-    finally:
+    finally:  # also when it was interrupted: what ran is kept
         model.close()
-    runs = []
-    for cell in cells:
-        if cell.name not in passes.failed:
-            measured = merged(passes.done[cell.name])
-            runs.append(_as_run(asdict(cell), measured.row, measured.log, times_of(measured.timeline)))
-            write_measured(results, runs[-1][0])
+        for cell in cells:
+            if cell.name not in passes.failed and passes.done[cell.name]:
+                measured = merged(passes.done[cell.name])
+                runs.append(_as_run(asdict(cell), measured.row, measured.log, times_of(measured.timeline)))
+                write_measured(results, runs[-1][0])
     if passes.failed:
         raise InputError("; ".join(f"'{name}' failed in {why}" for name, why in passes.failed.items()))
     return runs
@@ -206,7 +212,7 @@ def _write_timeline(path: Path, report: CellReport, run: MeasuredRun, trace: Tra
     names = (f"measured: {report.name}", f"simulated: {report.name}")
     spans = run.spans, simulated_spans(run, trace, hardware)
     runs = dict(zip(names, map(Recording, report.logs, spans), strict=True))
-    write_timeline(path, runs, model["layers"], model["experts"], range(max(0, last - 4), last))
+    write_timeline(path, runs, model["layers"], model["experts"], range(max(0, last - SHOWN_STEPS), last))
 
 
 def print_reports(out: Console, reports: Sequence[CellReport], hardware: Hardware) -> None:
@@ -285,27 +291,41 @@ def ground_truth() -> list[tuple[str, dict[str, Any]]]:
 
 
 def check_ground_truth(folder: Path) -> list[str]:
-    """Simulate every stored cell again and return a sentence for each whose TPOT is no longer the stored one.
+    """Simulate every stored cell again and return a sentence for each figure of the summary that has changed since.
 
     Raises InputError where the folder is not whole.
     """
-    stored = read_json(folder / "summary.json").get("cells", [])
+    stored = read_json(folder / "summary.json")
     hardware = make_hardware(read_json(folder / "hardware.json"))
-    known = {cell["name"]: cell for cell in stored}
+    runs = read_folder(folder)
+    reports = in_order([compare_cell(run, find_trace(run, folder), hardware) for run in runs])
+    now = json.loads(json.dumps(summary(reports, _over_best_peer(folder, stored), of_bound(runs))))
+    before = {cell["name"]: cell for cell in stored.pop("cells")}
     drifted = []
-    for run in read_folder(folder):
-        before = known.pop(run.name, None)
-        if before is None:
-            raise InputError(f"{folder}: summary.json does not know the run '{run.name}'")
-        measured, simulated, priced = tpots(run, find_trace(run, folder), hardware)
-        if (measured, simulated, priced) != tuple(before[f"{what}_tpot_ns"] for what in ("measured", "simulated", "priced")):
-            drifted.append(
-                f"'{run.name}': simulated {before['simulated_tpot_ns'] / 1e6:.4f} ms a token then and "
-                f"{simulated / 1e6:.4f} now, measured {measured / 1e6:.4f}"
-            )
-    if known:
-        raise InputError(f"{folder}: the runs of {', '.join(map(repr, known))} are missing")
-    return drifted
+    for cell in now.pop("cells"):
+        then = before.pop(cell["name"], None)
+        if then is None:
+            raise InputError(f"{folder}: summary.json does not know the run '{cell['name']}'")
+        drifted += [
+            f"'{cell['name']}': {field} was {then.get(field)} and is {is_now}"
+            for field, is_now in cell.items()
+            if then.get(field) != is_now
+        ]
+    if before:
+        raise InputError(f"{folder}: the runs of {', '.join(map(repr, before))} are missing")
+    now["hardware"] = hardware.name
+    return drifted + [
+        f"{field} was {stored.get(field)} and is {now.get(field)}"
+        for field in {**stored, **now}
+        if stored.get(field) != now.get(field)
+    ]
+
+
+def _over_best_peer(folder: Path, stored: dict[str, Any]) -> Any:
+    """Return the least of the ratios to the best peer in ``peers.json``, if that is there."""
+    if not (folder / "peers.json").is_file():
+        return stored.get("over_best_peer")
+    return min(each["ratio"] for each in read_json(folder / "peers.json")["over_best_peer"].values())
 
 
 def read_json(path: Path) -> dict[str, Any]:

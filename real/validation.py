@@ -20,7 +20,7 @@ from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import run_engine
 from sim.hardware import Hardware
 from sim.reference import Span, run_reference
-from sim.result import Run, StepTimes
+from sim.result import StepTimes
 from sim.workload import Workload, make_workload
 from traces import Trace, bundled, load_trace
 from traces.errors import InputError
@@ -95,12 +95,12 @@ class CellReport(NamedTuple):
 def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellReport:
     """Simulate the cell of `run` on `hardware`, open and closed loop, and return the differences.
 
-    A cell that was preloaded is simulated without transfers: its link is free. Raises InputError where `trace` is not the
-    one that was run, or is too short.
+    In a cell that was preloaded nothing is left to decide: its closed loop is its open one. Raises InputError where `trace`
+    is not the one that was run, or is too short.
     """
-    whole, workload, costs, free = _as_simulated(run, trace, hardware)
-    priced, simulated, log = _both_loops(run, whole, workload, costs, free)
-    link_busy = price(log, workload, free, cell_system(run.cell, whole)).link_busy_ns
+    whole, workload, costs = _as_simulated(run, trace, hardware)
+    priced, simulated, log = _both_loops(run, whole, workload, costs)
+    link_busy = price(log, workload, costs, cell_system(run.cell, whole)).link_busy_ns
     return CellReport(
         name=run.name,
         system=run.cell["system"]["name"],
@@ -108,7 +108,7 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
         group=json.dumps([run.trace_hash, run.cell["workload"], run.cell["model"], run.cell["slots"]], sort_keys=True),
         measured_tpot_ns=_tpot(run),
         open_loop=_loop(run, priced.steps, priced.link_busy_ns),
-        closed_loop=_loop(run, simulated.steps, link_busy),
+        closed_loop=_loop(run, simulated, link_busy),
         divergence=divergence(run.log, log, workload.events.total),
         spread_ns=_spread_ns(run),
         median_tpot_ns=_median_tpot(run),
@@ -118,38 +118,37 @@ def compare_cell(run: MeasuredRun, trace: Trace, hardware: Hardware) -> CellRepo
     )
 
 
-def tpots(run: MeasuredRun, trace: Trace, hardware: Hardware) -> tuple[float, float, float]:
-    """Return the TPOT of `compare_cell` alone, ns: measured, simulated (closed loop) and priced (open loop)."""
-    priced, simulated, _ = _both_loops(run, *_as_simulated(run, trace, hardware))
-    return _tpot(run), _tpot_of(run, simulated.steps), _tpot_of(run, priced.steps)
-
-
-def _both_loops(run: MeasuredRun, whole: Workload, workload: Workload, costs: Costs, free: Costs) -> tuple[Priced, Run, Log]:
-    """Return the executor's decisions, priced, and the simulator's run with its log."""
+def _both_loops(run: MeasuredRun, whole: Workload, workload: Workload, costs: Costs) -> tuple[Priced, StepTimes, Log]:
+    """Return the executor's decisions, priced, and the simulator's steps with its log."""
     priced = price(run.log, workload, costs, cell_system(run.cell, whole))
+    if run.cell["preload"]:
+        return priced, priced.steps, run.log
     log: list[tuple[Any, ...]] = []
-    simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, free, log)
-    return priced, simulated, log
+    simulated, _ = run_engine("auto", lambda: cell_system(run.cell, whole), workload, costs, log)
+    return priced, simulated.steps, log
 
 
 def simulated_spans(run: MeasuredRun, trace: Trace, hardware: Hardware) -> list[Span]:
-    """Return what every resource does in the closed loop of `compare_cell`, by the reference engine. Raises InputError."""
-    whole, workload, _, free = _as_simulated(run, trace, hardware)
+    """Return what every resource does in the closed loop, by the reference engine. Raises InputError.
+
+    A cell that was preloaded is shown with a free link, which after some steps comes to the same.
+    """
+    whole, workload, costs = _as_simulated(run, trace, hardware)
     spans: list[Span] = []
-    run_reference(cell_system(run.cell, whole), workload, free, spans=spans)
+    shown = with_free_link(costs) if run.cell["preload"] else costs
+    run_reference(cell_system(run.cell, whole), workload, shown, spans=spans)
     return spans
 
 
-def _as_simulated(run: MeasuredRun, trace: Trace, hardware: Hardware) -> tuple[Workload, Workload, Costs, Costs]:
-    """Return the trace's whole workload, its steps that were measured, and what they cost: as they are, as simulated."""
+def _as_simulated(run: MeasuredRun, trace: Trace, hardware: Hardware) -> tuple[Workload, Workload, Costs]:
+    """Return the trace's whole workload, its steps that were measured, and what they cost."""
     if trace.hash != run.trace_hash:
         raise InputError(
             f"'{run.name}' was measured on another trace: it has the hash {run.trace_hash[:12]}, not {trace.hash[:12]}"
         )
     whole = make_workload(trace, **run.cell["workload"])
     workload = first_steps(whole, int(run.steps["step"].max()) + 1)
-    costs = cell_costs(run.cell, hardware, workload)
-    return whole, workload, costs, with_free_link(costs) if run.cell["preload"] else costs
+    return whole, workload, cell_costs(run.cell, hardware, workload)
 
 
 def anchor_of(cell: Mapping[str, Any]) -> str | None:
@@ -260,6 +259,7 @@ def summary(
         "mean_error": float(np.mean(errors)) if errors else None,
         "worst_error": max(errors, default=None),
         "mean_error_of_medians": float(np.mean(of_medians)) if of_medians else None,
+        "worst_error_of_medians": max(of_medians, default=None),
         "kendall_tau": ranks.tau_of_all,
         "kendall_tau_of_pairs_apart": ranks.tau,
         "pairs": ranks.pairs,

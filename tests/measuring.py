@@ -8,9 +8,9 @@ from real.measured import MeasuredRun, make_steps
 from real.pricing import price
 from real.systems import cell_system
 from real.validation import cell_costs, first_steps
-from sim.costs import with_free_link
 from sim.engines import run_engine
 from sim.hardware import make_hardware
+from sim.result import KINDS
 from sim.workload import make_workload
 from traces import content_hash
 
@@ -83,20 +83,31 @@ def cell_of(name="cell", system="lru", slots=10, preload=False, marked=8, parts=
     }
 
 
+def needed(workload):
+    """Return the keys that every event needs."""
+    events = workload.events
+    return [events.keys[slice(*events.offsets[event : event + 2])].tolist() for event in range(events.total)]
+
+
 def measured_on(hardware, cell, trace=TRACE):
     """Return what `cell` would have measured on `hardware`, if the memory model were the machine."""
     workload = first_steps(make_workload(trace, **cell["workload"]), 30)
     costs = cell_costs(cell, hardware, workload)
-    costs = with_free_link(costs) if cell["preload"] else costs
     log = []
-    run, _ = run_engine("reference", lambda: cell_system(cell, workload), workload, costs, log)
+    if cell["preload"]:
+        log = [(0, "hit", key, event) for event, keys in enumerate(needed(workload)) for key in keys]
+        bytes_by_kind = dict.fromkeys(KINDS, 0)
+        parts_of_steps = price(log, workload, costs, cell_system(cell, workload)).steps
+    else:
+        run, _ = run_engine("reference", lambda: cell_system(cell, workload), workload, costs, log)
+        bytes_by_kind, parts_of_steps = run.bytes_by_kind, run.steps
     link = price(log, workload, costs, cell_system(cell, workload)).link_busy_ns
     first, split = cell["warmup"], cell["warmup"] + cell["steps"]
-    parts = {name: getattr(run.steps, name)[split:].tolist() for name in ("compute", "wait", "host")}
-    counts = {name: getattr(run.steps, name)[first:].tolist() for name in ("hits", "late_hits", "misses")}
+    parts = {name: getattr(parts_of_steps, name)[split:].tolist() for name in ("compute", "wait", "host")}
+    counts = {name: getattr(parts_of_steps, name)[first:].tolist() for name in ("hits", "late_hits", "misses")}
     parts["link_busy"] = link[split:].tolist()
-    total = run.steps.duration[first:split].tolist()
+    total = parts_of_steps.duration[first:split].tolist()
     steps = make_steps(first, workload.decode[first:], total, parts, counts)
     return MeasuredRun(
-        cell, trace.hash, "a machine of the test's", None, {"torch": "none"}, steps, log, run.bytes_by_kind, 1e9, 0.97
+        cell, trace.hash, "a machine of the test's", None, {"torch": "none"}, steps, log, bytes_by_kind, 1e9, 0.97
     )

@@ -2,20 +2,27 @@
 
 import json
 
+import numpy as np
 import pytest
 from measuring import FIFO, LAYERS, PREFETCHING, TRACE, cell_of, machine, measured_on, routing
 
+from real.systems import cell_system
 from real.validation import (
     Divergence,
     anchor_of,
+    cell_costs,
     compare_cell,
     decoder_spec,
     divergence,
+    first_steps,
     in_order,
     of_bound,
     ranking,
     summary,
 )
+from sim.costs import with_free_link
+from sim.engines import run_engine
+from sim.workload import make_workload
 from traces.errors import InputError
 
 MACHINE = machine()
@@ -84,11 +91,20 @@ def test_divergence_counts_events_and_names_the_first():
     assert divergence(executed, simulated, 4) == Divergence(events=4, differing=1, late=1, first=1)
 
 
-def test_all_resident_is_simulated_without_transfers():
-    run = measured_on(MACHINE, cell_of(slots=24, preload=True))
+def test_all_resident_costs_what_the_simulator_s_steps_cost_once_all_is_there():
+    cell = cell_of(slots=24, preload=True)
+    run = measured_on(MACHINE, cell)
     report = compare_cell(run, TRACE, MACHINE)
     assert report.anchor == "all resident"
-    assert report.closed_loop.error == 0
+    assert (report.closed_loop.error, report.divergence.differing) == (0, 0)
+    workload = first_steps(make_workload(TRACE, **cell["workload"]), 30)
+    free = with_free_link(cell_costs(cell, MACHINE, workload))
+    cold, _ = run_engine("reference", lambda: cell_system(cell, workload), workload, free)
+    warm = np.flatnonzero(cold.steps.misses == 0)
+    warm = warm[(warm >= cell["warmup"]) & (warm < cell["warmup"] + cell["steps"])]
+    timed = run.steps.set_index("step")["total_ns"]
+    assert len(warm) > 5
+    assert [timed[step] for step in warm] == cold.steps.duration[warm].tolist()
 
 
 def test_another_trace_is_refused():

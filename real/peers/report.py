@@ -19,25 +19,28 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ``over_best_peer``: the fastest of ours over the fastest peer of that budget or, like accelerate, of none.
     ``equal_kernels``: ours run eagerly with a per-layer LRU over the published-style one with our kernel, and the fastest of
     ours over the same. ``of_bound``: how near the fastest of ours with graphs, the fastest run eagerly, and the run that
-    knows the future (``anchor``) come to 1/max(C, X). C is the step with everything resident in the same kernel, X the time
-    of the link for the bytes that a token moved, at the rate of back-to-back copies measured when the arm opened.
+    knows the future (``anchor``) come to 1/max(C, X). C is the step with everything resident in the same kernel, in its
+    fastest repeat, X the time of the link for the bytes that a token moved, at the best rate of back-to-back copies that any
+    arm saw when it opened: a machine that is slow for a moment must not make a bound that is easily reached.
     """
     measured = [row for row in rows if "error" not in row]
     names = list(dict.fromkeys(row["arm"] for row in measured))
     by_name = {name: [row for row in measured if row["arm"] == name] for name in names}
     arms = [_arm(by_name[name]) for name in names]
     resident = {arm["kernel"]: by_name[arm["arm"]][-1]["tokens"] for arm in arms if arm["kind"] == "resident"}
-    step_s = {arm["kernel"]: 1 / arm["tokens_per_s"] for arm in arms if arm["kind"] == "resident"}
+    step_s = {arm["kernel"]: 1 / arm["most_tokens_per_s"] for arm in arms if arm["kind"] == "resident"}
+    rate = max((row["link_bytes_per_s"] for row in measured if "link_bytes_per_s" in row), default=None)
     for arm in arms:
         kernel, mine = arm["kernel"], by_name[arm["arm"]]
         arm["unlike_resident_eager"] = _unlike(mine, resident.get("eager"))
         arm["unlike_resident_same_kernel"] = _unlike(mine, resident.get(kernel))
-        if kernel in step_s and arm.get("link_bytes_per_s"):
-            link_s = arm["bytes_h2d_per_token"] / arm["link_bytes_per_s"]
+        if kernel in step_s and rate and "link_bytes_per_s" in arm:
+            link_s = arm["bytes_h2d_per_token"] / rate
             arm["resident_step_ms"], arm["link_ms"] = 1e3 * step_s[kernel], 1e3 * link_s
             arm["of_bound"] = arm["tokens_per_s"] * max(step_s[kernel], link_s)
     budgets = sorted({arm["budget"] for arm in arms if arm["kind"] != "resident" and arm["budget"] is not None})
     return {
+        "link_bytes_per_s": rate,
         "arms": arms,
         "over_best_peer": {str(budget): _over_best_peer(arms, budget) for budget in budgets},
         "equal_kernels": {str(budget): _equal_kernels(arms, budget) for budget in budgets},
