@@ -276,6 +276,27 @@ def test_without_a_gpu_a_check_says_what_does_without(module, capsys):
     assert capsys.readouterr().err == sentence
 
 
+@pytest.mark.parametrize(("answer", "status"), [(2, 1), (0, 0), (KeyboardInterrupt, 130)])
+def test_the_identity_checks_status_is_no_count(answer, status, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="live mode needs transformers (the extra `real`)")
+    import real.identity
+
+    checked = []
+
+    def check_all(where, say, architectures):
+        if answer is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        checked.extend(architectures)
+        return [{"error": "no"}] * answer
+
+    monkeypatch.setattr(real.identity, "check_all", check_all)
+    assert real.identity.main(["--where", "cpu", "--only", "olmoe,mixtral", "gpt_oss"]) == status
+    assert checked == ([] if status == 130 else ["olmoe", "mixtral", "gpt_oss"])
+    assert (status == 130) == capsys.readouterr().err.startswith("interrupted")
+    assert real.identity.main(["--where", "cpu", "--only", "olmo"]) == 2
+    assert "--only: 'olmo' is no architecture that is checked: did you mean 'olmoe'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("answer", "status"), [(["a", "b"], 1), ([], 0), (KeyboardInterrupt, 130)])
 def test_the_self_tests_status_is_no_count(answer, status, monkeypatch, capsys):
     def run(where):
