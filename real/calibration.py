@@ -67,7 +67,7 @@ def calibrate(out: str | os.PathLike[str], base: str = BASE, say: Say = lambda w
 
 
 def checked_path(out: str | os.PathLike[str], base: str) -> Path:
-    """Return the file to write, its folder made; raises InputError for names that Hydra could not choose, and bad folders."""
+    """Return the file to write, its folder made; raises InputError for names that Hydra cannot choose, or a bad folder."""
     path = Path(out)
     if path.suffix != ".yaml" or not re.fullmatch(r"[A-Za-z0-9_]+", path.stem):
         raise InputError(f"out is '{out}': it must be a file NAME.yaml whose name has only letters, digits and '_'")
