@@ -28,7 +28,7 @@ from real.live_model import LiveModel, random_model
 from real.peers.arms import Arm, all_arms
 from real.peers.report import FORMAT, defects, summarise, table
 from real.replay import device_errors, free_device_memory, make_folder
-from traces.errors import InputError, nearest
+from traces.errors import InputError
 
 BUDGETS = (0.25, 0.5)
 DROPPED_TOKENS = 2
@@ -229,7 +229,7 @@ def _chosen_arms(wanted: Sequence[str]) -> list[Arm]:
     arms = all_arms(BUDGETS)
     for text in wanted:
         if not any(text in arm.name for arm in arms):
-            raise InputError(f"--only: no arm's name contains '{text}': {nearest(text, [arm.name for arm in arms])}")
+            raise InputError(f"--only: no arm's name contains '{text}': known: {'; '.join(arm.name for arm in arms)}")
     return [arm for arm in arms if not wanted or any(text in arm.name for text in wanted)]
 
 
