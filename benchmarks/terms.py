@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +38,19 @@ def without_terms(hardware: Hardware) -> dict[str, Hardware]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.terms", description=(__doc__ or "").splitlines()[0])
+    parser.parse_args(arguments)
+    try:
+        _print_tables()
+    except KeyboardInterrupt:
+        print("interrupted; the tables above are not whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _print_tables() -> None:
     """Print a Markdown table per GPU."""
     for folder in sorted(GROUND_TRUTH.iterdir()):
         print(f"\n| left out, {folder.name} | mean error | worst | worst cell |\n|---|---:|---:|---|")
@@ -50,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -67,7 +67,7 @@ def calibrate(out: str | os.PathLike[str], base: str = BASE, say: Say = lambda w
 
 
 def checked_path(out: str | os.PathLike[str], base: str) -> Path:
-    """Return the file to write; raises InputError for a name that Hydra could not choose, or a folder that is not there."""
+    """Return the file to write, its folder made; raises InputError for names that Hydra cannot choose, or a bad folder."""
     path = Path(out)
     if path.suffix != ".yaml" or not re.fullmatch(r"[A-Za-z0-9_]+", path.stem):
         raise InputError(f"out is '{out}': it must be a file NAME.yaml whose name has only letters, digits and '_'")
@@ -75,8 +75,10 @@ def checked_path(out: str | os.PathLike[str], base: str) -> Path:
         raise InputError(f"base is '{base}': it must be the name of a profile, such as {BASE}")
     if path.stem == base:
         raise InputError(f"out is '{out}': a profile cannot be its own base; choose another name")
-    if not path.parent.is_dir():
-        raise InputError(f"out is '{out}': there is no folder {path.parent}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out is '{out}': the folder {path.parent} cannot be made: {error.strerror}") from error
     return path
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import numpy as np
 
 from policies.system import AXES
 from real.decoder import ModelShape
-from real.replay import Cell
+from real.replay import Cell, make_folder
 from sim.config import compose_config
 from sim.costs import decode_layer_ns, transfer_ns
 from sim.experiment import costs_of, slots_of, workload_of
@@ -25,6 +28,8 @@ from sim.hardware import model_spec
 from traces import Provenance, Trace, bundled, load_trace, save_trace, take_tokens
 from traces.errors import InputError
 from traces.trace import ModelSpec
+
+CELLS = "cells.json"
 
 CHUNK_BYTES = 4 << 20
 """A prefetch crosses in copies of so many bytes, two of them ahead: what a demand may stand behind."""
@@ -195,11 +200,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m real.cells", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     folder: Path = parser.parse_args(arguments).out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = make_grid(folder)
-    write_cells(cells, folder / "cells.json")
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        make_folder(folder)
+        cells = _write_grid(folder)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        for each in new:
+            with suppress(OSError):  # one that was not made yet
+                each.rmdir()
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"{len(cells)} cells in {folder / 'cells.json'}")
     return 0
+
+
+def _write_grid(folder: Path) -> list[Cell]:
+    """Make the grid under a temporary name and move it into `folder` when it is whole, the cells last."""
+    with tempfile.TemporaryDirectory(prefix=".cells", dir=folder) as name:
+        made = Path(name)
+        cells = make_grid(made)
+        for path in sorted(made.iterdir()):
+            os.replace(path, folder / path.name)
+        write_cells(cells, made / CELLS)
+        os.replace(made / CELLS, folder / CELLS)
+    return cells
 
 
 if __name__ == "__main__":

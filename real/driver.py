@@ -1,4 +1,6 @@
-"""The version of NVIDIA's driver, told by what comes with it: neither root nor a package is needed."""
+"""The GPU, if there is one, and the version of NVIDIA's driver, told by what comes with it: neither root nor a package is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,29 @@ import ctypes
 import re
 from pathlib import Path
 
+from traces.errors import InputError
+
 _MODULE = Path("/proc/driver/nvidia/version")
+
+STAND_IN = "stand-in on a CPU"
+"""What results call the device where there is none."""
+
+
+def check_gpu(where: str, instead: str = "--where cpu") -> None:
+    """Raise InputError where `where` is ``cuda`` and torch finds no GPU; `instead` is what does without one."""
+    import torch
+
+    if where == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"there is no GPU that torch can use; {instead} runs the same code on a stand-in, which times nothing"
+        )
+
+
+def device_name(where: str) -> str:
+    """Return what results call the device at `where` (``cuda`` or ``cpu``)."""
+    import torch
+
+    return STAND_IN if where == "cpu" else str(torch.cuda.get_device_name())
 
 
 def driver_version() -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from policies.system import Composition
+from real.driver import check_gpu
 from real.live import LiveRun, check_needs
 from real.live_model import LiveModel, load_model
 from real.systems import composition, read_system
@@ -50,10 +51,7 @@ def generate(
     """
     if type(new_tokens) is not int or new_tokens < 1:
         raise InputError(f"new_tokens is {new_tokens!r}: it must be a whole number of at least 1")
-    if where == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "there is no GPU that torch can use; device=cpu runs the same code on a stand-in, which times nothing"
-        )
+    check_gpu(where, "device=cpu")
     parse_budget(budget)
     check_folder(path)
     check_needs(parts)
@@ -140,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="parts of the system to change, such as eviction=lfu")
     chosen = parser.parse_args(arguments)
     try:
+        check_gpu(chosen.where)
         parts = composition(read_system(chosen.system, chosen.overrides))
         result = generate(
             chosen.model,

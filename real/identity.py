@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import transformers
 
+from real.driver import check_gpu
 from real.live import LiveRun
 from real.live_model import LiveModel, load_model
 from real.systems import composition, read_system
+from traces.errors import InputError, nearest
 
 COMMON = {
     "vocab_size": 512,
@@ -190,13 +192,30 @@ def check_all(where: str, say: Any = lambda row: None, architectures: Iterable[s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return how many checks failed."""
+    """Run the command; return its exit status: 1 where a check failed."""
     parser = argparse.ArgumentParser(prog="python -m real.identity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", nargs="+", choices=tuple(SMALL), default=tuple(SMALL), help="check these architectures")
+    parser.add_argument("--only", nargs="+", default=list(SMALL), help="check these architectures, comma separated")
     chosen = parser.parse_args(arguments)
-    rows = check_all(chosen.where, lambda row: print(json.dumps(row), flush=True), chosen.only)
-    return sum(map(failed, rows))
+    try:
+        check_gpu(chosen.where)
+        only = separated(chosen.only)
+        for name in only:
+            if name not in SMALL:
+                raise InputError(f"--only: '{name}' is no architecture that is checked: {nearest(name, SMALL)}")
+        rows = check_all(chosen.where, lambda row: print(json.dumps(row), flush=True), only)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the checks that follow did not run", file=sys.stderr)
+        return 130
+    return 1 if any(map(failed, rows)) else 0
+
+
+def separated(words: Iterable[str]) -> list[str]:
+    """Return the texts of an option that are separated by commas, by spaces or by both; a quoted text keeps its spaces."""
+    return [text.strip() for word in words for text in word.split(",") if text.strip()]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from policies.system import AXES
 from real.decisions import Decisions
 from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
 from real.device import COPY, Device, Memory
-from real.driver import driver_version
+from real.driver import check_gpu, device_name, driver_version
 from real.executor import Executor, Shape
 from real.host import undisturbed
 from real.routing import replay_inputs
 from real.schedule import Schedule
 from real.slab import HostSlab
 from real.standin import StandIn
-from real.systems import cell_system
+from real.systems import FLAGS, cell_system
 from real.timeline import Timeline
 from sim.workload import Workload, make_workload
 from traces.errors import InputError, nearest
@@ -86,24 +87,116 @@ class Cell:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """Return the cells of a JSON file, their trace paths made whole. Raises InputError."""
+    """Return the cells of a JSON file, their trace paths made whole. Raises InputError for whatever a cell cannot hold."""
     try:
         entries = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
-    known = {field.name for field in fields(Cell)}
-    cells = []
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        found = "an empty list" if entries == [] else f"of JSON's type {type(entries).__name__}"
+        raise InputError(f"{path} is {found}: it must be a list of cells, at least one")
+    cells: list[Cell] = []
     for place, entry in enumerate(entries):
-        for name in entry:
-            if name not in known:
-                raise InputError(f"{path}: cell {place} has no field '{name}': {nearest(name, known)}")
-        try:
-            cell = Cell(**entry)
-            cell.shape  # noqa: B018  # whose sizes must be there
-        except TypeError as error:
-            raise InputError(f"{path}: cell {place}: {error}") from error
-        cells.append(Cell(**{**entry, "trace": str(path.parent / cell.trace)}))
+        _check_entry(f"{path}: cell {place}", entry)
+        if entry["name"] in (names := [cell.name for cell in cells]):
+            raise InputError(
+                f"{path}: cell {place}: name is '{entry['name']}', as cell {names.index(entry['name'])} is called"
+            )
+        cells.append(Cell(**{**entry, "trace": str(path.parent / entry["trace"])}))
     return cells
+
+
+def check_cells(cells: Sequence[Cell], path: Path) -> None:
+    """Build the workload and the system of every cell of `path` once. Raises InputError where a cell could not start."""
+    workloads: dict[str, Workload] = {}
+    for place, cell in enumerate(cells):
+        try:
+            arranged = json.dumps([cell.trace, dict(cell.workload)])
+            if arranged not in workloads:
+                workloads[arranged] = make_workload(load_trace(cell.trace), **cell.workload)
+            workload = workloads[arranged]
+            _check_steps(cell, workload)
+            for name in ("layers", "experts", "top_k"):
+                if (routed := getattr(workload.trace.model, name)) != cell.model[name]:
+                    raise InputError(f"model.{name} is {cell.model[name]}, but {cell.trace} was recorded with {routed}")
+            cell_system(asdict(cell), workload)
+        except InputError as error:
+            raise InputError(f"{path}: cell {place} ('{cell.name}'): {error}") from error
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    """Raise InputError where the JSON of a cell lacks a field, has an unknown one or one that cannot be right."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {entry!r}: it must be an object with the fields of a cell")
+    named = f"{where} ('{entry['name']}')" if isinstance(entry.get("name"), str) else where
+    _check_names(
+        named, "", entry, [field.name for field in fields(Cell)], [f.name for f in fields(Cell) if f.default is MISSING]
+    )
+    for name in ("name", "trace"):
+        if not isinstance(entry[name], str) or not entry[name]:
+            raise InputError(f"{named}: {name} is {entry[name]!r}: it must be a text")
+    for name in ("workload", "model", "system"):
+        if not isinstance(entry[name], dict):
+            raise InputError(f"{named}: {name} is {entry[name]!r}: it must be an object")
+    for name in _SWITCHES & entry.keys():
+        _check_switch(named, name, entry[name])
+    for name, least in _LEAST.items():
+        if name in entry:
+            _check_number(named, name, entry[name], least)
+    _check_names(named, "workload.", entry["workload"], ("order", "batch", "phases"))
+    _check_names(named, "model.", entry["model"], ModelShape._fields, ModelShape._fields)
+    for name, value in entry["model"].items():
+        _check_number(named, f"model.{name}", value, 0 if name == "shared_width" else 1)
+    _check_heads(named, ModelShape(**entry["model"]))
+    parts = ("name", *FLAGS, *AXES)
+    _check_names(named, "system.", entry["system"], parts, parts)
+    if not isinstance(entry["system"]["name"], str):
+        raise InputError(f"{named}: system.name is {entry['system']['name']!r}: it must be a text")
+    for name in FLAGS:
+        _check_switch(named, f"system.{name}", entry["system"][name])
+    for axis in AXES:
+        if not isinstance(entry["system"][axis], dict):
+            raise InputError(f"{named}: system.{axis} is {entry['system'][axis]!r}: it must be an object with _target_")
+
+
+_SWITCHES = {"preload", "one_by_one", "prove"}
+_LEAST = {
+    **dict.fromkeys(("slots", "steps", "chunk_bytes", "window_bytes", "passes"), 1),
+    **dict.fromkeys(("warmup", "marked", "seed", "layer_ns", "transfer_ns"), 0),
+}
+"""The least value of every whole number of a cell."""
+
+
+def _check_names(where: str, prefix: str, given: Iterable[str], known: Sequence[str], needed: Iterable[str] = ()) -> None:
+    for name in given:
+        if name not in known:
+            raise InputError(f"{where} has no field '{prefix}{name}': {nearest(name, known)}")
+    for name in needed:
+        if name not in given:
+            raise InputError(f"{where}: {prefix}{name} is missing")
+
+
+def _check_number(where: str, name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise InputError(f"{where}: {name} is {value!r}: it must be a whole number of at least {least}")
+
+
+def _check_switch(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{where}: {name} is {value!r}: it must be true or false")
+
+
+def _check_heads(where: str, shape: ModelShape) -> None:
+    if shape.hidden % shape.heads:
+        raise InputError(f"{where}: model.heads is {shape.heads}, which does not divide model.hidden, {shape.hidden}")
+
+
+def _check_steps(cell: Cell, workload: Workload) -> None:
+    total = cell.warmup + cell.steps + cell.marked
+    if total > len(workload.decode):
+        raise InputError(f"warmup, steps and marked make {total} steps, but the workload has {len(workload.decode)}")
 
 
 class Model:
@@ -151,9 +244,7 @@ def run_cell(cell: Cell, model: Model, device: Device | None = None) -> Measured
     cell stays allocated.
     """
     workload = make_workload(load_trace(cell.trace), **cell.workload)
-    total = cell.warmup + cell.steps + cell.marked
-    if total > len(workload.decode):
-        raise InputError(f"cell '{cell.name}' asks for {total} steps, but its workload has {len(workload.decode)}")
+    _check_steps(cell, workload)
     free_device_memory()  # what an exception of an earlier cell still held
     schedule = Schedule(cell.shape.expert_bytes) if cell.prove else None
     with device_errors(f"cell '{cell.name}'"), opened(device, model.where, schedule) as there:
@@ -221,7 +312,7 @@ def _identity(cell: Cell, slots: int, where: str) -> dict[str, Any]:
         "warmup": cell.warmup,
         "timed": cell.steps,
         "marked": cell.marked,
-        "device": torch.cuda.get_device_name() if where != "cpu" else "stand-in on a CPU",
+        "device": device_name(where),
         "driver": driver_version() if where != "cpu" else None,
         "torch": torch.__version__,
     }
@@ -345,13 +436,12 @@ def _peak_bytes(where: str) -> int:
 
 
 def run_cells(cells: list[Cell], out: Path, *, where: str, minutes: float) -> int:
-    """Run cells until the time is up and write their results, shape by shape; return how many failed.
+    """Run cells until the time is up and write their results into the folder `out`; return how many failed.
 
     ``results.jsonl`` gets a row per cell, ``decisions.jsonl.gz`` its log, ``stamps.jsonl.gz`` host stamps and device marks:
     those of its first pass. A cell that fails in any of its passes has failed: its row is the sentence that says why.
     """
     end = time.monotonic() + minutes * 60
-    out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for shape, group in groupby(cells, lambda cell: cell.shape):
         of_shape = list(group)
@@ -422,6 +512,14 @@ def merged(passes: Sequence[Measured]) -> Measured:
     return replace(quietest, row=row)
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder that --out names, if it is not there. Raises InputError where it cannot be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out is '{out}': it must be a folder, or one that can be made: {error.strerror}") from error
+
+
 def write_result(out: Path, cell: Cell, measured: Measured) -> None:
     """Append a cell's row, log and times to the files in `out`."""
     _append(out / "results.jsonl", measured.row)
@@ -472,11 +570,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.where == "cuda" and not torch.cuda.is_available():
-            raise InputError(
-                "there is no GPU that torch can use; --where cpu runs the same code on a stand-in, which times nothing"
-            )
-        return 1 if run_cells(read_cells(chosen.cells), chosen.out, where=chosen.where, minutes=chosen.minutes) else 0
+        check_gpu(chosen.where)
+        cells = read_cells(chosen.cells)
+        check_cells(cells, chosen.cells)
+        make_folder(chosen.out)
+        return 1 if run_cells(cells, chosen.out, where=chosen.where, minutes=chosen.minutes) else 0
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

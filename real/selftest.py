@@ -22,6 +22,7 @@ import torch
 
 from real.decoder import ModelShape
 from real.device import COMPUTE, Calls, Device
+from real.driver import check_gpu
 from real.replay import Cell, Measured, Model, run_cell
 from real.slab import HostSlab
 from traces.errors import InputError
@@ -263,12 +264,21 @@ def _cell(path: Path, system: dict[str, Any], slots: int, order: str, batch: int
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return how many checks failed."""
+    """Run the command; return its exit status: 1 where a check failed."""
     parser = argparse.ArgumentParser(prog="python -m real.selftest", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
-    wrong = run(parser.parse_args(arguments).where)
+    where = parser.parse_args(arguments).where
+    try:
+        check_gpu(where)
+        wrong = run(where)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the checks that follow did not run", file=sys.stderr)
+        return 130
     print(f"self-test: {len(wrong)} checks failed" if wrong else "self-test: all is as it must be")
-    return len(wrong)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

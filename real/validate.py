@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from real.driver import STAND_IN
 from real.measured import SHOWN_STEPS, MeasuredRun, from_replay, read_folder, replay_results, write_measured
 from real.validation import (
     CellReport,
@@ -24,7 +25,7 @@ from real.validation import (
     summary,
 )
 from sim import store
-from sim.config import Config, check_config, check_types, compose_config
+from sim.config import Config, check_config, check_types, compose_config, groups
 from sim.experiment import workload_of
 from sim.hardware import Hardware, make_hardware, model_spec
 from sim.timeline import Recording, write_timeline
@@ -48,8 +49,10 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     `overrides` are Hydra overrides of ``conf/validate.yaml``. With ``runs=FOLDER`` those runs are compared; without, the
     system is run on this machine's GPU after the three anchors, and the runs are kept under results; without a GPU the
     committed ground truth is compared. A folder that holds its own ``hardware.json`` is simulated on that profile, unless
-    `overrides` choose another. ``system=winner`` is the fastest stored result on the trace. Raises InputError.
+    `overrides` choose another. ``system=winner`` is the fastest stored result on the trace. Raises InputError, also for
+    overrides that stored runs would leave without effect.
     """
+    _refuse_without_effect(overrides)
     overrides = resolve_winner(list(overrides), config_dir)
     config = compose_config("validate", overrides, config_dir)
     check_config({name: value for name, value in config.items() if name not in OWN})
@@ -62,10 +65,29 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     chosen = any(override.startswith("hardware") for override in overrides)
     own = None if folder is None or chosen else Path(folder) / "hardware.json"
     hardware = make_hardware(config["hardware"] if own is None or not own.is_file() else read_json(own))
+    if any(run.device == STAND_IN for run, _ in runs):
+        _say(f"these runs were made by the {STAND_IN}, which times nothing: their times, and errors of them, mean nothing")
     reports = in_order([compare_cell(run, trace, hardware) for run, trace in runs])
     timeline = Path(config["timeline"] or results / "timeline.json.gz")
     _write_timeline(timeline, reports[-1], *next(each for each in runs if each[0].name == reports[-1].name), hardware)
     return reports, hardware, timeline
+
+
+def _refuse_without_effect(overrides: Sequence[str]) -> None:
+    """Raise InputError for ``cells`` without stored runs, and with them for overrides of what would run instead."""
+    given = {override.lstrip("+~").partition("=")[0].partition(".")[0]: override for override in overrides}
+    if given.get("runs", "runs=null") == "runs=null":
+        if given.get("cells", "cells=null") != "cells=null":
+            raise InputError("cells: they belong to results of real.replay; give the folder of those too: runs=FOLDER")
+        return
+    without = {*groups(), *compose_config("validate", [])} - {*OWN, "results", "hardware", "link_gb_per_s"}
+    for name, override in given.items():
+        if name in without:
+            raise InputError(f"{override}: with runs=FOLDER what was run is compared, and {name} would change nothing of it")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
 
 
 def resolve_winner(overrides: list[str], config_dir: str | None = None) -> list[str]:
@@ -101,10 +123,9 @@ def _ground_truth() -> Path:
             "there is no GPU that torch can use: give runs=FOLDER of measured runs (no measurements are committed yet)"
         )
     others = ", ".join(f"runs={folder}" for folder in folders[1:])
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
+    _say(
         f"there is no GPU that torch can use: the measurements in {folders[0]} are compared"
-        + (f"; or {others}" * bool(others)),
-        markup=False,
+        + (f"; or {others}" * bool(others))
     )
     return folders[0]
 
@@ -114,6 +135,11 @@ def _stored(folder: Path, cells_file: str | None) -> list[Run]:
     if not folder.is_dir():
         raise InputError(f"runs is '{folder}': there is no such folder")
     if not (folder / "results.jsonl").is_file():
+        if cells_file is not None:
+            raise InputError(f"cells is '{cells_file}', but {folder} holds no results of real.replay (results.jsonl)")
+        within = [path for path in sorted(folder.iterdir()) if path.is_dir() and _holds_runs(path)]
+        if within and not _holds_runs(folder):
+            raise InputError(f"{folder}: there is no measured run, but in {', '.join(f'runs={path}' for path in within)}")
         return [(run, find_trace(run, folder)) for run in read_folder(folder)]
     from real.replay import read_cells
 
@@ -127,6 +153,10 @@ def _stored(folder: Path, cells_file: str | None) -> list[Run]:
             raise InputError(f"{path}: there is no cell '{row['cell']}', but a result of it")
         runs.append(_as_run(cells[row["cell"]], row, log, times))
     return runs
+
+
+def _holds_runs(folder: Path) -> bool:
+    return (folder / "results.jsonl").is_file() or any(folder.glob("*.parquet"))
 
 
 def _as_run(cell: dict[str, Any], row: dict[str, Any], log: Any, times: dict[str, Any]) -> Run:
@@ -148,12 +178,11 @@ def _measure(
 
     results.mkdir(parents=True, exist_ok=True)
     cells = _cells(config, overrides, results.resolve())
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     passes = Passes(cells)
     model = Model(cells[0].shape, where)
     runs = []
     try:
-        passes.run(model, lambda text: errors.print(text, markup=False))
+        passes.run(model, _say)
     finally:  # also when it was interrupted: what ran is kept
         model.close()
         for cell in cells:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"foregate: {error.filename}: {error.strerror}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
-        print("foregate: interrupted; finished results are kept, the same command goes on", file=sys.stderr)  # noqa: T201
+        print(f"foregate: interrupted{_after_interrupt(arguments)}", file=sys.stderr)  # noqa: T201
         return 130
+
+
+def _after_interrupt(arguments: Sequence[str] | None) -> str:
+    """Return the end of the sentence about an interrupt: what was kept, and what the same command does."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["compare"], ["simulate"], ["sweep"], ["search"]) or words[:2] == ["trace", "record"]:
+        return "; finished results are kept, the same command goes on"
+    if words[:1] == ["validate"]:
+        return "; runs that were measured are kept, but the same command starts over"
+    return "; nothing was kept, the same command starts over"
 
 
 def _run(words: list[str]) -> int:
@@ -98,9 +111,20 @@ def _run(words: list[str]) -> int:
     if verb not in _VERBS:
         raise InputError(f"'{verb}' is not a verb: {nearest(verb, _VERBS)}")
     if {"-h", "--help"} & set(words):
-        _out().print(USAGE, end="", highlight=False, markup=False)
+        _out().print(USAGE + _settings_help(verb), end="", highlight=False, markup=False, soft_wrap=True)
         return 0
     return _VERBS[verb](words)
+
+
+def _settings_help(verb: str) -> str:
+    """Return the settings of a verb with their defaults and comments, as its configuration file has them."""
+    file = resources.files("conf") / f"{verb.replace(' ', '_')}.yaml"
+    if not file.is_file():
+        return ""
+    lines = file.read_text().splitlines()
+    own = [line for line in lines if re.match("[a-z_]+:", line) and not line.startswith(("defaults:", "hydra:"))]
+    also = "those of simulate, and " if "  - simulate" in lines else ""
+    return f"\nSettings of {verb}, {also}by default:\n\n" + "".join(f"  {line}\n" for line in own)
 
 
 # ---- verbs -------------------------------------------------------------------------------------------------------
@@ -135,6 +159,8 @@ def _report(words: list[str]) -> int:
     from real.validate import ground_truth
     from sim.html import NAMES, OF_CELLS, Measured, no_rows, select_rows, write_figures, write_report
 
+    if config["figure"] is not None:
+        one_of("figure", config["figure"], ("all", *NAMES))  # before rows, which need not be there yet
     measured = [Measured(machine, summary) for machine, summary in ground_truth()]
     chosen = no_rows() if config["figure"] in OF_CELLS else select_rows(config["results"], config["select"])
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -143,7 +169,7 @@ def _report(words: list[str]) -> int:
             path = write_report(chosen, measured, config["out"] or Path(config["results"]) / "report.html", progress)
         _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
         return 0
-    names = list(NAMES) if config["figure"] == "all" else [one_of("figure", config["figure"], ("all", *NAMES))]
+    names = list(NAMES) if config["figure"] == "all" else [config["figure"]]
     paths, refused = write_figures(names, chosen.rows, measured, config["out"] or Path(config["results"]) / "figures")
     for path in paths:
         _out().print(str(path), soft_wrap=True, highlight=False, markup=False)
@@ -448,10 +474,22 @@ def _calibrate(words: list[str]) -> int:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for sentence in calibrate(config["out"], config["base"], lambda what: errors.print(what, markup=False)):
         errors.print(sentence, markup=False)
-    _out().print(
-        f"{config['out']}: put its folder's parent into --config-dir and choose it with hardware=NAME", highlight=False
-    )
+    _say(str(config["out"]))
+    for line in _how_to_choose(Path(config["out"])):
+        _say(line)
     return 0
+
+
+def _how_to_choose(profile: Path) -> list[str]:
+    """Return the commands that use a written profile: Hydra finds it in a folder ``hardware`` of its --config-dir alone."""
+    folder = profile.parent
+    if folder.name == "hardware":
+        return [f"choose it: foregate compare --config-dir {shlex.quote(str(folder.parent))} hardware={profile.stem}"]
+    group = shlex.quote(str(folder / "hardware"))
+    return [
+        f"put it into a folder 'hardware': mkdir -p {group} && mv {shlex.quote(str(profile))} {group}",
+        f"then choose it: foregate compare --config-dir {shlex.quote(str(folder))} hardware={profile.stem}",
+    ]
 
 
 def _list(words: list[str]) -> int:

@@ -1,5 +1,7 @@
 """A calibration of known timings is a profile with known constants; a machine without a GPU says so."""
 
+import shlex
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,7 +97,11 @@ def test_the_next_read_out_stands_in_where_the_executor_s_own_was_not_measured()
         ),
         ("box.yaml", "a/b", "base is 'a/b': it must be the name of a profile, such as h100_pcie5"),
         ("h100_pcie5.yaml", "h100_pcie5", "out is 'h100_pcie5.yaml': a profile cannot be its own base; choose another name"),
-        ("nowhere/box.yaml", "h100_pcie5", "out is 'nowhere/box.yaml': there is no folder nowhere"),
+        (
+            "pyproject.toml/box.yaml",
+            "h100_pcie5",
+            "out is 'pyproject.toml/box.yaml': the folder pyproject.toml cannot be made: ",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_a_profile_is_refused_before_anything_is_measured(out, base, sentence):
@@ -113,14 +119,29 @@ def no_gpu(monkeypatch):
 
 
 def test_without_a_gpu_all_constants_are_the_base_s_and_a_sentence_says_so(no_gpu, tmp_path, capsys):
-    folder = tmp_path / "hardware"
-    folder.mkdir()
-    assert main(["calibrate", f"out={folder / 'box.yaml'}", "base=rtx3090_pcie4"]) == 0
-    assert no_gpu in capsys.readouterr().err
+    path = tmp_path / "hardware" / "box.yaml"  # whose folder is made
+    assert main(["calibrate", f"out={path}", "base=rtx3090_pcie4"]) == 0
+    captured = capsys.readouterr()
+    assert no_gpu in captured.err
+    choose = f"choose it: foregate compare --config-dir {tmp_path} hardware=box"
+    assert captured.out.splitlines() == [str(path), choose]
     config = compose_config("simulate", ["hardware=box"], str(tmp_path))
     base = make_hardware(compose_config("simulate", ["hardware=rtx3090_pcie4"])["hardware"])
     assert make_hardware(config["hardware"]).constants == base.constants
     assert config["hardware"]["machine"]["measured"]["host_copy_bytes_per_s"] == 4 * 10**9
+
+
+@pytest.mark.parametrize("words", [[], ["out=my box/mine.yaml"]])
+def test_the_commands_that_it_prints_choose_the_profile(words, no_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["calibrate", *words]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    if words:
+        subprocess.run(printed[1].partition(": ")[2], shell=True, check=True)
+    _, verb, option, folder, choice = shlex.split(printed[-1].partition(": ")[2])
+    assert (verb, option) == ("compare", "--config-dir")
+    name = choice.removeprefix("hardware=")
+    assert compose_config("compare", [choice], folder)["hardware"]["name"] == name == ("mine" if words else "calibrated")
 
 
 def test_an_unknown_base_is_refused(capsys):

@@ -10,8 +10,8 @@ pytest.importorskip("torch", reason="the real backend needs torch (the extra `re
 
 # what must be there comes first
 
-from real.cells import fit_routing, make_cell, write_cells
-from real.replay import read_cells
+from real.cells import fit_routing, main, make_cell, write_cells
+from real.replay import check_cells, read_cells
 from real.systems import cell_system
 from sim.config import compose_config
 from sim.hardware import model_spec
@@ -54,3 +54,30 @@ def test_a_cell_comes_back_from_its_file_and_builds_the_system_of_its_configurat
     system = cell_system(asdict(read), make_workload(load_trace(read.trace), **read.workload))
     assert system.setting.capacity.tolist()[:5] == [64, 64, 64, 64, 8]
     assert read.shape.expert_bytes == 17301504
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_grid_leaves_the_folder_as_it_was(there, tmp_path, monkeypatch, capsys):
+    def interrupted(folder):
+        (folder / "half.safetensors").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("real.cells.make_grid", interrupted)
+    out = tmp_path / "results" / "cells"
+    if there:
+        out.mkdir(parents=True)
+        (out / "cells.json").write_text("[]")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["--out", str(out)]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_grid_is_whole_and_its_cells_can_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("real.cells.GRID", {"olmoe_1b_7b": (0.25,)})
+    assert main(["--out", str(tmp_path / "cells")]) == 0
+    path = tmp_path / "cells" / "cells.json"
+    assert sorted(each.name for each in path.parent.iterdir()) == ["cells.json", "olmoe_1b_7b.safetensors"]
+    check_cells(read_cells(path), path)
+    assert main(["--out", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"--out is '{path}': it must be a folder")

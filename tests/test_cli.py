@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ import real
 import sim
 import traces
 from sim import store
-from sim.cli import main
+from sim.cli import _VERBS, main
 from sim.config import compose_config, options
 from traces import load_trace, save_trace
 
@@ -75,6 +76,21 @@ def test_help_says_every_verb(run, words):
     verbs = ("compare", "simulate", "sweep", "search", "status", "list", "trace record", "trace import", "trace inspect")
     for verb in (*verbs, "trace synthesize"):
         assert f"\n  {verb} " in out
+
+
+def test_help_of_a_verb_says_its_own_settings(run):
+    out = run("validate", "--help")[1]
+    settings = out.partition("\nSettings of validate, those of simulate, and by default:\n\n")[2].splitlines()
+    assert [line.split(":")[0] for line in settings] == ["  runs", "  cells", "  timeline", "  json"]
+    assert "\n  figure: null # ranking, budget_curve, " in run("report", "-h")[1]
+    assert "  new_tokens: " in run("trace", "record", "-h")[1]
+    assert "Settings of" not in run("list", "-h")[1]
+
+
+def test_an_unknown_figure_is_named_before_rows_are_missed(run):
+    code, _, err = run("report", "figure=nosuch", "results=nowhere")
+    assert (code, len(err)) == (2, 1)
+    assert err[0].startswith("foregate: figure is 'nosuch': known: all, budget_curve, ")
 
 
 def test_list_names_every_option_of_every_group(run):
@@ -445,6 +461,46 @@ def test_an_interrupt_is_said_in_a_sentence(run, tiny, monkeypatch, words):
     assert (code, out) == (130, "")
     assert err == ["foregate: interrupted; finished results are kept, the same command goes on"]
     assert not Path("results/rows").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["calibrate"], "nothing was kept, the same command starts over"),
+        (["generate", "model=x", "prompts=y"], "nothing was kept, the same command starts over"),
+        (["validate"], "runs that were measured are kept, but the same command starts over"),
+        (["trace", "record", "model=x"], "finished results are kept, the same command goes on"),
+    ],
+)
+def test_an_interrupted_command_promises_only_what_it_keeps(run, monkeypatch, words, end):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    verb = " ".join(words[:2]) if words[0] == "trace" else words[0]
+    monkeypatch.setitem(_VERBS, verb, interrupted)
+    assert run(*words) == (130, "", [f"foregate: interrupted; {end}"])
+
+
+def test_an_interrupt_during_the_imports_is_a_sentence(monkeypatch, capsys):
+    import sim.__main__
+
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == "sim.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "sim.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert sim.__main__.main() == 130
+    assert capsys.readouterr().err == "foregate: interrupted before anything ran\n"
+
+
+@pytest.mark.parametrize("module", ["real.identity", "real.cells", "real.peers", "benchmarks.terms"])
+def test_an_interrupt_during_the_imports_of_a_module_is_a_sentence(folder, module):
+    (folder / "numpy.py").write_text("raise KeyboardInterrupt")
+    path = f"{folder}{os.pathsep}{HERE}"
+    found = program("-m", module, cwd=folder, env={**os.environ, "PYTHONPATH": path})
+    assert (found.returncode, found.stderr) == (-signal.SIGINT, "interrupted before anything ran\n")
 
 
 def test_a_defect_keeps_its_traceback(run, tiny, monkeypatch):

@@ -133,11 +133,18 @@ def test_the_command_writes_rows_and_a_summary_and_the_page_can_be_made_of_it(tm
     assert summary["equal_kernels"]["0.5"]["ratio_of_bytes"] == 1
     assert summary["of_bound"]["0.25"]["anchor"]["arm"] == "foregate clairvoyant, graphs, 0.25"
     text = table(summary)
-    assert text in capsys.readouterr().out
+    assert f"{text}\n\nA stand-in on a CPU times nothing: " in capsys.readouterr().out
     page = with_peers(PAGE.read_text(), summary)
     assert text in page
     assert with_peers(page, summary) == page
     assert with_peers(page, {**summary, "format": 1}) == page
+
+
+def test_arms_that_there_are_not_are_refused_before_anything_runs(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "out"), *WORDS, "resident, nosucharm", "lru"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("--only: no arm's name contains 'nosucharm': known: resident foregate, graphs; ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_token_of_ours_that_differs_fails_the_command(tmp_path, capsys, monkeypatch):

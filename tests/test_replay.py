@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402  # what must be there comes first
 
+import importlib
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -157,14 +158,21 @@ def test_a_lane_holds_one_request_at_a_time():
         assert len(set(lanes)) == len(lanes)
 
 
-def test_the_command_writes_results_as_it_goes_and_reports_what_failed(trace_path, tmp_path, capsys):
-    good, bad = cell_of(trace_path, slots=12), replace(cell_of(trace_path, slots=12), name="too long", steps=10**6)
+def test_the_command_writes_results_as_it_goes_and_reports_what_failed(trace_path, tmp_path, monkeypatch):
+    good = cell_of(trace_path, slots=12)
     path = tmp_path / "cells.json"
-    path.write_text(json.dumps([vars(good), vars(bad)]))
+    path.write_text(json.dumps([vars(good), vars(replace(good, name="bad"))]))
+
+    def fail_the_bad(cell, *arguments):
+        if cell.name == "bad":
+            raise InputError("a copy failed")
+        return run_cell(cell, *arguments)
+
+    monkeypatch.setattr("real.replay.run_cell", fail_the_bad)
     assert main([str(path), "--out", str(tmp_path / "out"), "--where", "cpu"]) == 1
     rows = [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [row["cell"] for row in rows] == ["lru", "too long"]
-    assert "asks for 1000003 steps" in rows[1]["error"]
+    assert [row["cell"] for row in rows] == ["lru", "bad"]
+    assert rows[1]["error"] == "pass 1 of 1: a copy failed"
     assert rows[0]["driver"] is None  # a stand-in has none
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "decisions.jsonl.gz",
@@ -194,11 +202,111 @@ def test_a_cell_that_fails_in_a_later_pass_has_failed(trace_path, tmp_path, monk
     assert "one: pass 2 of 3: no more" in capsys.readouterr().out
 
 
-def test_a_field_that_a_cell_does_not_have_is_named(tmp_path, capsys):
+def without(entry, name):
+    return {field: value for field, value in entry.items() if field != name}
+
+
+def with_part(entry, part, **changes):
+    return {**entry, part: {**entry[part], **changes}}
+
+
+WRONG = {
+    "unknown field": (lambda cell: [{**cell, "slot": 3}], "cell 0 ('lru') has no field 'slot': did you mean 'slots'?"),
+    "missing field": (lambda cell: [without(cell, "seed")], "cell 0 ('lru'): seed is missing"),
+    "text": (lambda cell: [{**cell, "slots": "many"}], "cell 0 ('lru'): slots is 'many': it must be a whole number of at"),
+    "size": (lambda cell: [with_part(cell, "model", hidden=-1)], "cell 0 ('lru'): model.hidden is -1: it must be a whole"),
+    "switch": (lambda cell: [{**cell, "preload": 1}], "cell 0 ('lru'): preload is 1: it must be true or false"),
+    "heads": (lambda cell: [with_part(cell, "model", heads=3)], "cell 0 ('lru'): model.heads is 3, which does not divide"),
+    "no object": (lambda cell: [cell, 7], "cell 1 is 7: it must be an object with the fields of a cell"),
+    "same name": (lambda cell: [cell, cell], "cell 1: name is 'lru', as cell 0 is called"),
+    "too long": (
+        lambda cell: [{**cell, "steps": 10**6}],
+        "cell 0 ('lru'): warmup, steps and marked make 1000003 steps, but",
+    ),
+    "no trace": (lambda cell: [cell, {**cell, "name": "b", "trace": "no.safetensors"}], "cell 1 ('b'): "),
+    "other shape": (lambda cell: [with_part(cell, "model", experts=9)], "cell 0 ('lru'): model.experts is 9, but "),
+    "policy": (lambda cell: [with_part(cell, "system", miss={"_target_": "policies.x.Y"})], "cell 0 ('lru'): miss._target_"),
+    "too few slots": (lambda cell: [{**cell, "slots": 1}], "cell 0 ('lru'): budget gives 1 expert slots"),
+    "unknown workload": (lambda cell: [with_part(cell, "workload", order="x")], "cell 0 ('lru'): workload.order is 'x'"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_cell_is_one_sentence_before_anything_runs(what, trace_path, tmp_path, capsys):
+    made, sentence = WRONG[what]
     path = tmp_path / "cells.json"
-    path.write_text('[{"slot": 3}]')
-    assert main([str(path), "--out", str(tmp_path), "--where", "cpu"]) == 2
-    assert "cell 0 has no field 'slot': did you mean 'slots'?" in capsys.readouterr().err
+    path.write_text(json.dumps(made(vars(cell_of(trace_path, slots=12)))))
+    assert main([str(path), "--out", str(tmp_path / "out"), "--where", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"{path}: {sentence}")
+    assert (captured.out, captured.err.count("\n"), list(tmp_path.iterdir())) == ("", 1, [path])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, ": No such file or directory"),
+        ("[", ": not JSON: "),
+        ("{}", " is of JSON's type dict: it must be a list of cells, at least one"),
+        ("[]", " is an empty list: it must be a list of cells, at least one"),
+    ],
+)
+def test_a_file_that_holds_no_cells_is_one_sentence(content, sentence, tmp_path, capsys):
+    path = tmp_path / "cells.json"
+    if content is not None:
+        path.write_text(content)
+    assert main([str(path), "--out", str(tmp_path / "out"), "--where", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith(f"{path}{sentence}")
+
+
+def test_results_do_not_go_into_a_file(trace_path, tmp_path, capsys):
+    path = tmp_path / "cells.json"
+    path.write_text(json.dumps([vars(cell_of(trace_path, slots=12))]))
+    assert main([str(path), "--out", str(path), "--where", "cpu"]) == 2
+    assert capsys.readouterr().err == f"--out is '{path}': it must be a folder, or one that can be made: File exists\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", ["selftest", "identity"])
+def test_without_a_gpu_a_check_says_what_does_without(module, capsys):
+    if module == "identity":
+        pytest.importorskip("transformers", reason="live mode needs transformers (the extra `real`)")
+    assert importlib.import_module(f"real.{module}").main([]) == 2
+    sentence = "there is no GPU that torch can use; --where cpu runs the same code on a stand-in, which times nothing\n"
+    assert capsys.readouterr().err == sentence
+
+
+@pytest.mark.parametrize(("answer", "status"), [(2, 1), (0, 0), (KeyboardInterrupt, 130)])
+def test_the_identity_checks_status_is_no_count(answer, status, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="live mode needs transformers (the extra `real`)")
+    import real.identity
+
+    checked = []
+
+    def check_all(where, say, architectures):
+        if answer is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        checked.extend(architectures)
+        return [{"error": "no"}] * answer
+
+    monkeypatch.setattr(real.identity, "check_all", check_all)
+    assert real.identity.main(["--where", "cpu", "--only", "olmoe,mixtral", "gpt_oss"]) == status
+    assert checked == ([] if status == 130 else ["olmoe", "mixtral", "gpt_oss"])
+    assert (status == 130) == capsys.readouterr().err.startswith("interrupted")
+    assert real.identity.main(["--where", "cpu", "--only", "olmo"]) == 2
+    assert "--only: 'olmo' is no architecture that is checked: did you mean 'olmoe'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("answer", "status"), [(["a", "b"], 1), ([], 0), (KeyboardInterrupt, 130)])
+def test_the_self_tests_status_is_no_count(answer, status, monkeypatch, capsys):
+    def run(where):
+        if answer is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr("real.selftest.run", run)
+    assert importlib.import_module("real.selftest").main(["--where", "cpu"]) == status
+    assert (status == 130) == capsys.readouterr().err.startswith("interrupted")
 
 
 def test_an_interrupted_run_leaves_no_host_memory(trace_path, monkeypatch):

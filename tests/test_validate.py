@@ -57,11 +57,26 @@ def test_the_table_names_anchors_and_what_it_adds_up_to(folder, tmp_path, capsys
         (["runs=tests"], "tests: there is no measured run"),
         (["rnus=x"], "'rnus' is not a setting"),
         (["link_gb_per_s=20"], "link_gb_per_s: a run is measured, and simulated, on the link that its machine has"),
+        (
+            ["runs=tests", "system=lru"],
+            "system=lru: with runs=FOLDER what was run is compared, and system would change nothing",
+        ),
+        (["runs=tests", "system=winner"], "system=winner: with runs=FOLDER what was run is compared"),
+        (["runs=tests", "budget=0.5"], "budget=0.5: with runs=FOLDER what was run is compared"),
+        (["runs=tests", "trace.tokens=9"], "trace.tokens=9: with runs=FOLDER what was run is compared"),
+        (["runs=tests", "sistem=lru"], "'sistem' is not a setting: did you mean 'system'?"),
+        (["cells=cells.json"], "cells: they belong to results of real.replay; give the folder of those too: runs=FOLDER"),
+        (["runs=tests", "cells=c.json"], "cells is 'c.json', but tests holds no results of real.replay (results.jsonl)"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, capsys):
     assert main(["validate", *words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_folder_of_folders_of_runs_names_them(folder, capsys):
+    assert main(["validate", f"runs={folder.parent}"]) == 2
+    assert capsys.readouterr().err == f"foregate: {folder.parent}: there is no measured run, but in runs={folder}\n"
 
 
 def test_without_gpu_and_ground_truth_a_sentence_says_so(monkeypatch, tmp_path, capsys):
@@ -111,7 +126,8 @@ def test_cells_run_through_the_executor_and_into_a_report(
     for run in runs:
         shown = {span.event // run.cell["model"]["layers"] for span in run.spans}
         assert sorted(shown) == run.marked["step"].tolist()[-4:]
-    said = capsys.readouterr().err.splitlines()
+    *said, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("these runs were made by the stand-in on a CPU, which times nothing: their times")
     assert [line.partition(": ")[2] for line in said] == [f"pass {number} of 4" for number in (1, 2, 3, 4) for _ in runs]
 
 

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from real.driver import STAND_IN, check_gpu, device_name
 from real.host import undisturbed
-from real.identity import check_all, failed, prompts_of
+from real.identity import check_all, failed, prompts_of, separated
 from real.live_model import LiveModel, random_model
 from real.peers.arms import Arm, all_arms
 from real.peers.report import FORMAT, defects, summarise, table
-from real.replay import device_errors, free_device_memory
+from real.replay import device_errors, free_device_memory, make_folder
 from traces.errors import InputError
 
 BUDGETS = (0.25, 0.5)
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32, help="decoded and timed; where a token takes seconds, the first 3")
     parser.add_argument("--skip-identity", action="store_true", help="do not check small models first")
     parser.add_argument(
-        "--only", default="", help="run only the arms whose name contains one of these texts, comma separated"
+        "--only", nargs="+", default=[], help="run only the arms whose name contains one of these texts, comma separated"
     )
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
@@ -181,9 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(chosen: argparse.Namespace, end: float) -> int:
     where, out = chosen.where, chosen.out
-    if where == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that torch can use; --where cpu --shape tiny runs the same code and times nothing")
-    out.mkdir(parents=True, exist_ok=True)
+    check_gpu(where, "--where cpu --shape tiny")
+    arms = _chosen_arms(separated(chosen.only))
+    make_folder(out)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     identity = []
@@ -192,8 +193,6 @@ def _run(chosen: argparse.Namespace, end: float) -> int:
         (out / "identity.json").write_text(json.dumps(identity, indent=1) + "\n")
     with device_errors("the model"):
         model = build_model(chosen.shape, where)
-    wanted = [text.strip() for text in chosen.only.split(",") if text.strip()]
-    arms = [arm for arm in all_arms(BUDGETS) if not wanted or any(text in arm.name for text in wanted)]
     vocabulary = model.model.get_input_embeddings().num_embeddings
     tasks = tasks_of(vocabulary, chosen.prompt_tokens, chosen.warm_up_tokens, chosen.tokens)
     try:
@@ -203,7 +202,7 @@ def _run(chosen: argparse.Namespace, end: float) -> int:
             "model": model.name,
             "experts": [len(model.layers), model.experts, model.top_k],
             "expert_bytes": model.layout.expert_bytes,
-            "device": torch.cuda.get_device_name() if where != "cpu" else "stand-in on a CPU",
+            "device": device_name(where),
             "cpus": os.cpu_count(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -217,10 +216,21 @@ def _run(chosen: argparse.Namespace, end: float) -> int:
         model.close()
     (out / "summary.json").write_text(json.dumps(_finite(summary), indent=1) + "\n")
     print(table(summary))
+    if where == "cpu":
+        print(f"\nA {STAND_IN} times nothing: speeds, ratios and shares of the bound above mean nothing.")
     wrong = defects(summary) + [f"identity is not proved: {row['architecture']}" for row in identity if failed(row)]
     for sentence in wrong:
         print(sentence, file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _chosen_arms(wanted: Sequence[str]) -> list[Arm]:
+    """Return the arms whose name contains one of `wanted`, or all. Raises InputError for a text that no name contains."""
+    arms = all_arms(BUDGETS)
+    for text in wanted:
+        if not any(text in arm.name for arm in arms):
+            raise InputError(f"--only: no arm's name contains '{text}': known: {'; '.join(arm.name for arm in arms)}")
+    return [arm for arm in arms if not wanted or any(text in arm.name for text in wanted)]
 
 
 def _finite(value: Any) -> Any:
