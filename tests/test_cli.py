@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -493,14 +492,6 @@ def test_an_interrupt_during_the_imports_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
     assert sim.__main__.main() == 130
     assert capsys.readouterr().err == "foregate: interrupted before anything ran\n"
-
-
-@pytest.mark.parametrize("module", ["real.identity", "real.cells", "real.peers", "benchmarks.terms"])
-def test_an_interrupt_during_the_imports_of_a_module_is_a_sentence(folder, module):
-    (folder / "numpy.py").write_text("raise KeyboardInterrupt")
-    path = f"{folder}{os.pathsep}{HERE}"
-    found = program("-m", module, cwd=folder, env={**os.environ, "PYTHONPATH": path})
-    assert (found.returncode, found.stderr) == (-signal.SIGINT, "interrupted before anything ran\n")
 
 
 def test_a_defect_keeps_its_traceback(run, tiny, monkeypatch):
