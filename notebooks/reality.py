@@ -48,8 +48,8 @@ display(Image(agreement_figure(summary["cells"], machine, out / "figures" / "rea
 # ## Where the time of one run went
 #
 # One run in full: its parts measured and simulated, with the decisions as measured. The errors are shares of the measured
-# step, so those of compute, wait and host add up to its error. Parts are those of the steps with device marks, in one pass; the
-# milliseconds a token are of the steps without, each at its quickest pass, which is why the parts add up to a little more.
+# step, so those of compute, wait and host add up to its error. Parts are those of the steps with device marks, in one pass;
+# milliseconds a token are of the steps without, each at its quickest pass: the parts add up to a little more.
 
 # %%
 hardware = make_hardware(json.loads((folder / "hardware.json").read_text()))

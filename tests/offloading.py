@@ -61,11 +61,30 @@ class Lookers:
         pass
 
 
+class Unheard(StandIn):
+    """Never answers that computation is done: the host learns of an event's end by the words of the next gate alone."""
+
+    def _query(self, stream, ticket):
+        return super()._query(stream, ticket) and stream != COMPUTE
+
+
 def offload(
-    composition, workload, slots, *, pace="random", copies=None, seed=0, chunk=3, window=6, one_by_one=True, **options
+    composition,
+    workload,
+    slots,
+    *,
+    pace="random",
+    copies=None,
+    seed=0,
+    chunk=3,
+    window=6,
+    one_by_one=True,
+    device=StandIn,
+    marks=False,
+    **options,
 ):
-    """Run a system on the stand-in with the schedule proved; return executor, decoder and log."""
-    device = StandIn(pace, copies=copies, seed=seed, schedule=Schedule(EXPERT_BYTES), **options)
+    """Run a system on a new stand-in `device` with the schedule proved; return executor, decoder and log."""
+    device = device(pace, copies=copies, seed=seed, schedule=Schedule(EXPERT_BYTES), **options)
     system = build(composition, workload, slots)
     lookers = Lookers(workload, device, int(system.setting.capacity.sum()))
     events, log = workload.events, []
@@ -78,7 +97,7 @@ def offload(
         expert_bytes=EXPERT_BYTES,
         chunk_bytes=chunk,
         window_bytes=window,
-        timeline=Timeline(device, events.layers),
+        timeline=Timeline(device, events.layers, marks=marks),
         log=log,
         one_by_one=one_by_one,
     )

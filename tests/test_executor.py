@@ -4,13 +4,19 @@ import pytest
 from builders import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offloading import EXPERT_BYTES, Lookers, offload
-from test_engines_agree import AXES, cases, composition
+from offloading import EXPERT_BYTES, Lookers, Unheard, offload
+from test_engines_agree import AXES, OneQueue, cases, composition
+from test_turn import Raises
 
+from policies.residency import ContractError
+from policies.system import Composition
 from real.device import COMPUTE, COPY, Device
+from real.pump import Pump, Transfer
 from real.schedule import HazardError, Schedule, SlotRead, SlotWrite
 from real.standin import PACES, StandIn
+from real.turn import Turn
 from sim.conformance import build, costs_for, small_trace
+from sim.fast.run import PolicyRaised
 from sim.reference import run_reference
 from sim.workload import make_workload
 from traces.errors import InputError
@@ -41,6 +47,7 @@ def test_any_system_on_any_routing_at_any_timing(data):
         chunk=data.draw(st.integers(1, EXPERT_BYTES)),
         window=data.draw(st.integers(1, 3 * EXPERT_BYTES)),
         one_by_one=data.draw(st.booleans()),
+        device=data.draw(st.sampled_from([StandIn, Unheard])),
     )
     assert all(contents == [key % 251] * EXPERT_BYTES for _, key, contents in lookers.used)
     events = case.workload.events
@@ -99,18 +106,18 @@ def test_an_overwrite_after_the_host_saw_the_reader_end_is_in_order():
 # ---- decisions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pace", ["eager", "lazy"])
 @pytest.mark.parametrize("eviction", AXES["eviction"])
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_demand_only_systems_decide_as_the_simulator_does(eviction, allocation, pace):
-    """Also with a batch whose events need waves."""
+def test_demand_only_systems_decide_as_the_simulator_does(eviction, allocation):
+    """Also with a batch whose events need waves, and where only the next gate says that an event is over."""
     tried = composition(eviction=eviction, allocation=allocation)
     for order, batch, slots in (("one_request", 1, 30), ("continuous", 3, 24)):
         workload = make_workload(small_trace(), order, batch)
         simulated = []
         run_reference(build(tried, workload, slots), workload, costs_for(workload), simulated)
-        _, _, log = offload(tried, workload, slots, pace=pace)
-        assert decisions(log) == decisions(simulated)
+        for pace, device in (("eager", StandIn), ("lazy", StandIn), ("lazy", Unheard)):
+            _, _, log = offload(tried, workload, slots, pace=pace, device=device)
+            assert decisions(log) == decisions(simulated)
 
 
 def test_a_prefetch_that_lands_in_time_is_a_hit_and_one_in_flight_a_late_hit():
@@ -151,12 +158,123 @@ def test_where_all_is_there_the_next_gate_is_submitted_before_prefetches_and_els
     ]
 
 
+# ---- what the turn starts itself ---------------------------------------------------------------------------------
+
+
+def test_nothing_is_started_by_the_turn_where_used_experts_are_brought_again(monkeypatch):
+    """Renewals are queued whenever an event ends, even where the link is given all of them at once."""
+    sent = []
+    send = Turn.send
+    monkeypatch.setattr(Turn, "send", lambda self, *arguments: sent.append(self) or send(self, *arguments))
+    workload = make_workload(small_trace())
+    executor, _, _ = offload(composition(reupload=True), workload, 30, pace="eager", window=1000)
+    assert executor.outcome().bytes_by_kind["refresh"] > 0
+    assert sent == []
+    offload(composition(), workload, 30, pace="eager", window=1000)
+    assert sent
+
+
+class NotesCopies(StandIn):
+    """Knows what its copy stream was given, in order: marks, and copies with their source."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.given = []
+        """("mark", its number), or ("copy", source, bytes, whether the host knows the link to be idle)."""
+
+    def copy(self, target, source, size):
+        self.given.append(("copy", source, size, self._known[COPY] == self._recorded[COPY]))
+        super().copy(target, source, size)
+
+    def _queue_mark(self, stream, mark):
+        if stream == COPY:
+            self.given.append(("mark", mark))
+        super()._queue_mark(stream, mark)
+
+
+@pytest.mark.parametrize(
+    ("pace", "chunk", "window"), [("eager", 3, 6), ("lazy", EXPERT_BYTES, 3 * EXPERT_BYTES), ("random", 3, 12)]
+)
+def test_marks_of_copies_are_those_of_the_copies_that_the_log_tells_of(pace, chunk, window):
+    """One row per piece, between its marks, whoever started it; one that goes behind another begins with that one's end."""
+    workload = make_workload(small_trace())
+    tried = composition(predictor="previous_token", prefetch="top_n")
+    executor, lookers, log = offload(
+        tried, workload, 20, pace=pace, chunk=chunk, window=window, device=NotesCopies, marks=True
+    )
+    device, timeline = executor.device, executor.timeline
+    places = [place for place, what in enumerate(device.given) if what[0] == "copy"]
+    expected, sent, waited_for = [], {}, {(key, event) for _, what, key, event in log if what == "late_hit"}
+    started = [(what, key, event) for _, what, key, event in log if what in ("load", "prefetch")]
+    behind = 0
+    for place, (event, size, demand, _, _) in zip(places, timeline.copy_marks().tolist(), strict=True):
+        _, source, copied, idle = device.given[place]
+        key, start = divmod(source - lookers.memory.experts, EXPERT_BYTES)
+        before, after = device.given[place - 1], device.given[place + 1]
+        assert (before[0], after[0], size) == ("mark", "mark", copied)
+        assert idle == (place == 1 or device.given[place - 2][0] == "mark")  # whether it has a first mark of its own
+        if start == 0:
+            what, *began = started.pop(0)
+            assert began == [key, event]
+            sent[key] = 0
+            assert demand == (what == "load")
+        else:
+            assert demand == ((key, event) in waited_for)
+        assert start == sent[key]
+        sent[key] += size
+        behind += demand and not idle
+        expected.append((event, size, demand, before[1], after[1]))
+    assert started == []
+    assert timeline._copies == expected
+    assert (timeline.copy_marks()[:, 3] <= timeline.copy_marks()[:, 4]).all()
+    assert behind or pace == "eager"
+    # No mark is left of a turn that sent nothing.
+    marks = {mark for *_, mark in timeline._marks} | {mark for what, mark, *_ in device.given if what == "mark"}
+    assert marks == set(range(device.mark(COMPUTE)))
+
+
+def test_a_demand_that_was_sent_is_in_flight_and_counts_as_no_prefetch():
+    device, landed = StandIn("lazy"), []
+    pump = Pump(device, EXPERT_BYTES, 3, 6, lambda transfer: True, lambda *piece: None, landed.append)
+    transfer = Transfer(5, 0, demand=True)
+    pump.note_sent(transfer, device.record(COPY))
+    assert (transfer.started, transfer.sent, transfer.ticket) == (True, EXPERT_BYTES, 1)
+    assert (list(pump.in_flight), pump.ahead_bytes, pump.bytes_sent) == ([(1, 0, transfer)], 0, EXPERT_BYTES)
+    pump.poll()
+    assert landed == []
+    device.drain()
+    pump.poll()
+    assert (landed, len(pump.in_flight), pump.ahead_bytes) == ([transfer], 0, 0)
+
+
 # ---- failures ----------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_that_fails_ends_the_run_with_a_sentence():
     with pytest.raises(InputError, match="a host-to-device copy failed"):
         offload(composition(), make_workload(small_trace()), 16, fail_at_copy=7)
+
+
+def test_a_copy_of_the_turn_s_own_that_fails_ends_the_run_too():
+    with pytest.raises(InputError, match="a host-to-device copy failed"):
+        offload(composition(), make_workload(make_trace([[[0]]])), 2, pace="eager", fail_at_copy=1)
+
+
+def with_eviction(eviction, **parts):
+    """Return a demand-only system with a policy of the test's."""
+    return Composition("tried", {**composition(**parts).parts, "eviction": (eviction, {})})
+
+
+def test_what_a_policy_raises_in_the_turn_ends_the_run():
+    with pytest.raises((ValueError, PolicyRaised), match=r"no more|raised an exception"):
+        offload(with_eviction(Raises), make_workload(make_trace([[[0]]])), 2)
+
+
+def test_a_victim_of_another_pool_in_the_turn_ends_the_run_and_is_named():
+    """Of two layers with a slot each: the second one's next expert would take the slot of the first one's."""
+    workload = make_workload(make_trace([[[0], [0]], [[0], [1]]], expert_count=4))
+    with pytest.raises(ContractError, match="chose expert key 0: a victim must be a resident"):
+        offload(with_eviction(OneQueue, allocation="uniform"), workload, 2)
 
 
 def test_waiting_for_what_was_never_submitted_is_a_defect():

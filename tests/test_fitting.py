@@ -2,13 +2,20 @@
 
 import pytest
 
-from real.fitting import Summary, fit_kernel, fit_train, overhead_ns, rising, slowdown, summary
+from real.fitting import Summary, fit_kernel, fit_train, overhead_ns, quietest, rising, slowdown, summary
 
 
 def test_a_summary_is_median_and_the_outer_tenths():
     assert summary([30, 10, 20, 50, 40, 60, 70, 80, 90, 100, 0]) == Summary(50, 10, 90, 11)
     with pytest.raises(ValueError, match="there are no samples"):
         summary([])
+
+
+def test_the_quietest_round_is_the_one_with_the_least_median():
+    """Neither that with the least sample nor that with the least mean."""
+    rounds = [[1.0, 30.0, 31.0], [20.0, 21.0, 400.0], [22.0, 23.0, 24.0]]
+    assert quietest(rounds) == [20.0, 21.0, 400.0]
+    assert quietest(rounds[::-1]) == [20.0, 21.0, 400.0]
 
 
 def test_trains_give_back_start_and_copy():

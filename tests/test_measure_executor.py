@@ -7,7 +7,7 @@ from test_hardware import tiny_profile
 from real.calibration import Entry, executor_constants, executor_figures, profile_text
 from real.cells import GRID, decoder_shape
 from real.decoder import ModelShape
-from real.measure_executor import CONTEXTS, LAYERS, MODELS, ShapeTimes, measure_executor
+from real.measure_executor import CONTEXTS, LAYERS, MODELS, ShapeTimes, _quietest, measure_executor
 from sim.config import compose_config
 from sim.costs import make_costs
 from sim.hardware import make_hardware, model_spec
@@ -98,6 +98,13 @@ def test_times_of_a_model_that_are_not_whole_are_refused():
 @pytest.mark.parametrize("name", GRID)
 def test_measured_decoders_are_those_of_the_models(name):
     assert MODELS[name] == decoder_shape(model_spec(compose_config("simulate", [f"model={name}"])["model"]))
+
+
+def test_of_every_quantity_its_own_quietest_round_counts():
+    one, other, third = [5.0, 6.0, 7.0], [1.0, 2.0, 90.0], [8.0, 8.0, 8.0]
+    assert _quietest([one, other, third]) == other
+    rounds = [{1: one, 8: other}, {1: third, 8: one}, {1: other, 8: third}]
+    assert _quietest(rounds) == {1: other, 8: other}
 
 
 def test_the_runs_give_samples_of_everything_on_a_cpu_too():

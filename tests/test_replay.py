@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the real backend needs torch (the e
 
 from policies.system import AXES
 from real.decoder import ModelShape
-from real.replay import Cell, Model, main, run_cell
+from real.replay import Cell, Measured, Model, main, merged, run_cell
 from real.routing import replay_inputs
 from real.schedule import Schedule
 from real.standin import StandIn
@@ -240,6 +240,23 @@ def test_a_wrong_cell_is_one_sentence_before_anything_runs(what, trace_path, tmp
     captured = capsys.readouterr()
     assert captured.err.startswith(f"{path}: {sentence}")
     assert (captured.out, captured.err.count("\n"), list(tmp_path.iterdir())) == ("", 1, [path])
+
+
+def test_passes_are_merged_into_the_quickest_of_every_step_and_the_rest_of_the_quietest():
+    """The second one is the quietest as a whole, though not in every step; the link was at its best in the third."""
+
+    def one(name, step_ns, rate, burst):
+        row = {"step_ns": step_ns, "link_bytes_per_s": rate, "marked_ns": {"burst_bytes_per_s": burst}, "copy_efficiency": 9}
+        return Measured({**row, "cell": name}, [name], name, name, name)
+
+    passes = [one("a", [10, 30, 20], 30.0, 1.0), one("b", [9, 31, 13], 20.0, 16.0), one("c", [12, 11, 40], 40.0, 1.0)]
+    found = merged(passes)
+    assert (found.row["cell"], found.log, found.timeline, found.chosen, found.checksums) == ("b", ["b"], "b", "b", "b")
+    assert found.row["step_ns"] == [9, 11, 13]
+    assert found.row["pass_ns"] == [[10, 30, 20], [9, 31, 13], [12, 11, 40]]
+    assert (found.row["step_ns_median"], found.row["step_ns_mean"]) == (11, 11)
+    assert (found.row["link_bytes_per_s"], found.row["copy_efficiency"]) == (40, 0.4)
+    assert passes[1].row["step_ns"] == [9, 31, 13]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 from measuring import TRACE, cell_of, machine, measured_on, routing
@@ -92,7 +93,42 @@ def test_without_gpu_the_committed_measurements_are_compared(monkeypatch, folder
     monkeypatch.setattr(command, "GROUND_TRUTH", tmp_path)
     (folder / "summary.json").write_text("{}")
     assert main(["validate", f"results={tmp_path}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["worst_error"] == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["worst_error"] == 0
+    sentence = f"there is no GPU that torch can use: the measurements in {folder} are compared"
+    assert printed.err.splitlines()[0] == sentence
+
+
+def test_of_the_committed_folders_the_first_is_compared_and_the_others_are_named(monkeypatch, tmp_path, capsys):
+    """Of the real ones, with two runs of the first in place of all."""
+    committed = sorted(path.parent for path in GROUND_TRUTH.glob("*/summary.json"))
+    if len(committed) < 2:
+        pytest.skip("real/ground_truth holds the measurements of fewer than two GPUs")
+    truth = tmp_path / "ground_truth"
+    first, *others = [truth / folder.name for folder in committed]
+    stems = "olmoe_1b_7b_all_resident", "olmoe_1b_7b_lru_0p5"
+    for folder in committed:
+        (truth / folder.name).mkdir(parents=True)
+        shutil.copy(folder / "summary.json", truth / folder.name)
+    for name in ("hardware.json", "olmoe_1b_7b.safetensors"):
+        shutil.copy(committed[0] / name, first)
+    for stem in stems:
+        for suffix in ("json", "parquet", "log.json.gz", "spans.json.gz"):
+            shutil.copy(committed[0] / f"{stem}.{suffix}", first)
+    monkeypatch.setattr(command, "_has_gpu", lambda: False)
+    monkeypatch.setattr(command, "GROUND_TRUTH", truth)
+    assert main(["validate", f"results={tmp_path}", "--json"]) == 0
+    printed = capsys.readouterr()
+    named = ", ".join(f"runs={folder}" for folder in others)
+    sentence = f"there is no GPU that torch can use: the measurements in {first} are compared; or {named}"
+    assert printed.err.splitlines()[0] == sentence
+    stored = {cell["name"]: cell for cell in json.loads((first / "summary.json").read_text())["cells"]}
+    reports = json.loads(printed.out)["reports"]
+    assert [report["anchor"] for report in reports] == ["all resident", None]
+    for report in reports:
+        then = stored[report["name"]]
+        assert report["measured_tpot_ns"] == then["measured_tpot_ns"]
+        assert report["closed_loop"]["tpot_ns"] == then["simulated_tpot_ns"]
 
 
 # ---- from the executor -------------------------------------------------------------------------------------------
@@ -152,6 +188,31 @@ def test_a_cell_that_fails_in_a_later_pass_is_said_and_the_others_are_kept(
     assert "foregate: 'all missing' failed in pass 2 of 4: no more" in capsys.readouterr().err.splitlines()
     assert ran.count("all missing") == 2
     assert [run.name for run in read_folder(tmp_path / "validation")] == ["all resident", "lru", "perfect prefetch"]
+
+
+def test_what_ran_before_an_interruption_is_kept(long_trace, tmp_path, monkeypatch, capsys, one_thread, little_garbage):
+    """In the second pass; two cells had failed in the first one, and of the others each has the passes that it had."""
+    replay = pytest.importorskip("real.replay", reason="the executor needs torch", exc_type=ImportError)
+    run_cell, ran = replay.run_cell, {}
+
+    def stop_in_the_second_pass(cell, model):
+        if cell.name not in ("all resident", "lru"):
+            raise InputError("no more")
+        if cell.name not in ran:
+            ran[cell.name] = run_cell(cell, model)
+        elif cell.name == "lru":
+            raise KeyboardInterrupt
+        return ran[cell.name]
+
+    measure = command._measure
+    monkeypatch.setattr(replay, "run_cell", stop_in_the_second_pass)
+    monkeypatch.setattr(command, "_has_gpu", lambda: True)
+    monkeypatch.setattr(command, "_measure", lambda *arguments: measure(*arguments, where="cpu"))
+    words = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path}"]
+    assert main(["validate", *words]) == 130
+    assert "foregate: interrupted" in capsys.readouterr().err
+    kept = {run.name: len(run.pass_ns) for run in read_folder(tmp_path / "validation")}
+    assert kept == {"all resident": 2, "lru": 1}
 
 
 def test_results_of_the_executor_are_read_with_their_cells(long_trace, tmp_path, one_thread, little_garbage):

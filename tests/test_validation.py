@@ -152,6 +152,18 @@ def test_systems_that_the_measurement_cannot_tell_apart_are_not_ranked():
     assert ranking([spread(14, 3, 12), spread(20, 6, 11), spread(40, 1, 33)]) == (pytest.approx(1 / 3), 1, 2, 1)
 
 
+def test_spread_and_median_come_from_the_passes():
+    """Quickest of every step: 10 and 20. Without the first pass 14 and 20, without the second 10 and 30, at most 5 more."""
+    run = measured_on(MACHINE, cell_of())
+    report = compare_cell(run._replace(pass_ns=((10, 30), (15, 20), (14, 70))), TRACE, MACHINE)
+    assert report.spread_ns == (10 + 30) / 2 - (10 + 20) / 2
+    assert report.median_tpot_ns == (14 + 30) / 2
+    once = compare_cell(run._replace(pass_ns=((10, 30),)), TRACE, MACHINE)
+    assert (once.spread_ns, once.median_tpot_ns) == (0, 20)
+    never = compare_cell(run, TRACE, MACHINE)
+    assert (never.spread_ns, never.median_tpot_ns) == (0, never.measured_tpot_ns)
+
+
 def test_the_bound_is_the_longer_of_the_resident_step_and_the_link():
     """Resident 100 ns. Of two systems in 10 slots the faster counts; its link needs 192 ns for one expert a step."""
     cells = [cell_of("resident", slots=24, preload=True), cell_of("one"), cell_of("other")]
