@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from real.measured import read_folder
-from real.validate import GROUND_TRUTH, read_json
-from real.validation import compare_cell, find_trace
+from real.validation.command import GROUND_TRUTH, read_json
+from real.validation.comparison import compare_cell, find_trace
+from real.validation.measured import read_folder
 from sim.hardware import Hardware, make_hardware
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from IPython.display import Image, display
 
-from real.measured import read_measured
-from real.validate import GROUND_TRUTH, ground_truth
-from real.validation import compare_cell, find_trace, simulated_spans
+from real.validation.command import GROUND_TRUTH, ground_truth
+from real.validation.comparison import compare_cell, find_trace, simulated_spans
+from real.validation.measured import read_measured
 from sim.figures import agreement_figure
 from sim.hardware import make_hardware
 from sim.timeline import Recording, write_timeline

@@ -16,8 +16,8 @@ import torch
 
 from policies.system import Composition
 from real.driver import check_gpu
-from real.live import LiveRun, check_needs
-from real.live_model import LiveModel, load_model
+from real.live.model import LiveModel, load_model
+from real.live.run import LiveRun, check_needs
 from real.systems import composition, read_system
 from sim.budget import parse_budget, slots_within
 from traces.errors import InputError

@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from real.driver import check_gpu
-from real.live import LiveRun
-from real.live_model import LiveModel, load_model
+from real.live.model import LiveModel, load_model
+from real.live.run import LiveRun
 from real.systems import composition, read_system
 from traces.errors import InputError, nearest
 

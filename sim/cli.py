@@ -156,7 +156,7 @@ def _report(words: list[str]) -> int:
     config = _settings("report", words, "results")
     if config is None:
         return 0
-    from real.validate import ground_truth
+    from real.validation.command import ground_truth
     from sim.html import NAMES, OF_CELLS, Measured, no_rows, select_rows, write_figures, write_report
 
     if config["figure"] is not None:
@@ -450,7 +450,7 @@ def _trace_synthesize(words: list[str]) -> int:
 
 
 def _validate(words: list[str]) -> int:
-    from real.validate import print_reports, reports_dict, validate
+    from real.validation.command import print_reports, reports_dict, validate
 
     overrides, config_dir = _options("validate", words)
     if overrides is None:
@@ -468,7 +468,7 @@ def _calibrate(words: list[str]) -> int:
     config = _settings("calibrate", words, "out")
     if config is None:
         return 0
-    from real.calibration import calibrate  # torch takes seconds to import, and need not be there
+    from real.calibration.profile import calibrate  # torch takes seconds to import, and need not be there
 
     one_of("base", config["base"], options("hardware"))
     errors = Console(stderr=True, soft_wrap=True, highlight=False)

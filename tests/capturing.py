@@ -34,7 +34,7 @@ class Graph(TorchDispatchMode):
 
 
 class Recorder:
-    """In place of `real.live.CudaGraphs`."""
+    """In place of `real.live.run.CudaGraphs`."""
 
     def __init__(self):
         self.graph, self.before = None, []

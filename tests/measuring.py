@@ -4,10 +4,10 @@ import numpy as np
 from builders import make_trace
 from test_hardware import tiny_profile
 
-from real.measured import MeasuredRun, make_steps
-from real.pricing import price
 from real.systems import cell_system
-from real.validation import cell_costs, first_steps
+from real.validation.comparison import cell_costs, first_steps
+from real.validation.measured import MeasuredRun, make_steps
+from real.validation.pricing import price
 from sim.engines import run_engine
 from sim.hardware import make_hardware
 from sim.result import KINDS

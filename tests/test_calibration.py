@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from real import calibration
-from real.calibration import Entry, calibrate, checked_path, gpu_constants, gpu_figures, host_figures, profile_text
-from real.measure_host import HostTimes, measure_host
+from real.calibration import profile as calibration
+from real.calibration.measure_host import HostTimes, measure_host
+from real.calibration.profile import Entry, calibrate, checked_path, gpu_constants, gpu_figures, host_figures, profile_text
 from sim.cli import main
 from sim.config import compose_config
 from sim.hardware import make_hardware

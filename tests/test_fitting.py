@@ -2,7 +2,7 @@
 
 import pytest
 
-from real.fitting import Summary, fit_kernel, fit_train, overhead_ns, quietest, rising, slowdown, summary
+from real.calibration.fitting import Summary, fit_kernel, fit_train, overhead_ns, quietest, rising, slowdown, summary
 
 
 def test_a_summary_is_median_and_the_outer_tenths():

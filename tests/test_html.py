@@ -163,7 +163,7 @@ def test_figures_are_written_as_png_and_pdf_or_refused_with_a_reason(folder, tmp
 
 
 def test_figures_of_measured_cells_need_no_stored_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("real.validate.ground_truth", lambda: [("a_gpu", SUMMARY)])
+    monkeypatch.setattr("real.validation.command.ground_truth", lambda: [("a_gpu", SUMMARY)])
     assert main(["report", "figure=validation", f"results={tmp_path / 'none'}", f"out={tmp_path}"]) == 0
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / f"validation.{kind}") for kind in ("png", "pdf")]
     assert main(["report", "figure=host_time", f"results={tmp_path / 'none'}", f"out={tmp_path}"]) == 2

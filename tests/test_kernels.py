@@ -49,7 +49,7 @@ class WithKernels(ReplayDecoder):
 def live_decoder_with_kernels():
     """Return the class of live mode's decoder as it is on a GPU, but for the graphs."""
     pytest.importorskip("transformers", reason="live mode needs transformers (the extra `real`)")
-    from real.live_decoder import LiveDecoder
+    from real.live.decoder import LiveDecoder
 
     class WithLiveKernels(LiveDecoder):
         @staticmethod
@@ -132,8 +132,8 @@ def test_experts_are_ranked_as_the_recorder_ranks_them(experts, top_k, ranks, ar
 def test_live_kernels_give_the_same_tokens_when_experts_are_offloaded(architecture, tmp_path, monkeypatch):
     """The fused kernel, and transposed matrices with biases and the model's own gate between the two products."""
     with_kernels = live_decoder_with_kernels()
-    import real.live
-    from real.live_model import load_model
+    import real.live.run
+    from real.live.model import load_model
     from real.systems import composition, read_system
 
     tiny_model(architecture, num_hidden_layers=2).save_pretrained(tmp_path)
@@ -141,11 +141,11 @@ def test_live_kernels_give_the_same_tokens_when_experts_are_offloaded(architectu
 
     def generate(system, slots, **options):
         options = {"requests": 1, "new_tokens": 3, "most_prompt_tokens": 6, "prove": True, **options}
-        with real.live.LiveRun(live, composition(read_system(system)), slots, **options) as run:
+        with real.live.run.LiveRun(live, composition(read_system(system)), slots, **options) as run:
             return run.request([5, 9, 3, 17, 22, 60]).tokens, run.outcome().misses.sum()
 
     plain, _ = generate("lru", 16, preload=True)
-    monkeypatch.setattr(real.live, "LiveDecoder", with_kernels)
+    monkeypatch.setattr(real.live.run, "LiveDecoder", with_kernels)
     assert generate("lru", 16, preload=True) == (plain, 0)
     tokens, misses = generate("next_gate_lrfu", 4)
     assert tokens == plain
@@ -157,11 +157,11 @@ def test_live_kernels_give_the_same_tokens_when_experts_are_offloaded(architectu
 def test_the_peers_arm_on_our_kernel_gives_what_our_executor_gives(budget, monkeypatch):
     """In decode passes of both the kernel computes, over the slots of either; the interpreter is slow, so there are few."""
     with_kernels = live_decoder_with_kernels()
-    import real.live
+    import real.live.run
     from real.peers import arms
     from real.peers.__main__ import Task, build_model, run_arm
 
-    monkeypatch.setattr(real.live, "LiveDecoder", with_kernels)
+    monkeypatch.setattr(real.live.run, "LiveDecoder", with_kernels)
     monkeypatch.setattr(arms._CacheForOurKernel, "_use_kernels", staticmethod(lambda where: True))
     built, tasks = build_model("tiny", "cpu"), [Task([5, 9, 3, 17, 22, 60], [11, 99, 3])]
     theirs = run_arm(arms.PerLayerLRU(budget, our_kernel=True), built, tasks)

@@ -16,13 +16,13 @@ from capturing import Recorder
 from tiny_models import tiny_model
 
 import real.identity
-import real.live_decoder
+import real.live.decoder
 from policies.system import AXES, build_system
 from real.device import Device
 from real.generate import main
 from real.identity import failed, small_model
-from real.live import LiveRun
-from real.live_model import load_model, random_model
+from real.live.model import load_model, random_model
+from real.live.run import LiveRun
 from real.schedule import HazardError, Schedule
 from real.slab import HostSlab
 from real.standin import StandIn
@@ -369,7 +369,7 @@ def test_after_a_failure_or_an_interruption_nothing_is_left_and_the_next_run_is_
         generate(olmoe, slots=8)
     monkeypatch.undo()
     gc.collect()
-    left = [found for found in gc.get_objects() if isinstance(found, real.live_decoder.LiveDecoder)]
+    left = [found for found in gc.get_objects() if isinstance(found, real.live.decoder.LiveDecoder)]
     assert left == []
     assert all(layer.experts.foregate_server is None for layer in olmoe.layers)
     assert not any(module._forward_hooks for module in olmoe.model.modules())

@@ -4,10 +4,10 @@ import pytest
 import yaml
 from test_hardware import tiny_profile
 
-from real.calibration import Entry, executor_constants, executor_figures, profile_text
+from real.calibration.measure_executor import CONTEXTS, LAYERS, MODELS, ShapeTimes, _quietest, measure_executor
+from real.calibration.profile import Entry, executor_constants, executor_figures, profile_text
 from real.cells import GRID, decoder_shape
 from real.decoder import ModelShape
-from real.measure_executor import CONTEXTS, LAYERS, MODELS, ShapeTimes, _quietest, measure_executor
 from sim.config import compose_config
 from sim.costs import make_costs
 from sim.hardware import make_hardware, model_spec

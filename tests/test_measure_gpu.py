@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the GPU's measurements need torch")
 
-from real import measure_gpu  # noqa: E402
+from real.calibration import measure_gpu  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from measuring import SHAPE, cell_of, machine, measured_on
 
-from real.measured import from_replay, read_folder, read_measured, replay_results, write_measured
 from real.timeline import HOST_PARTS, MARKS
+from real.validation.measured import from_replay, read_folder, read_measured, replay_results, write_measured
 from sim.reference import Span
 from traces.errors import InputError
 
@@ -166,7 +166,7 @@ def test_a_folder_without_runs(tmp_path):
 
 def replay_row():
     """Return RUN as `real.replay` would have written it, with the counts of all 30 steps."""
-    from real.measured import decisions_digest
+    from real.validation.measured import decisions_digest
 
     marked = RUN.marked
     return {

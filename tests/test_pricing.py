@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_plain_model import Case
 
-from real.pricing import price
+from real.validation.pricing import price
 from sim.reference import run_reference
 
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from real.measured import read_measured
-from real.validate import GROUND_TRUTH
+from real.validation.command import GROUND_TRUTH
+from real.validation.measured import read_measured
 from sim.cli import main
 from sim.config import compose_config
 from sim.conformance import difference

@@ -8,9 +8,9 @@ import pytest
 from measuring import TRACE, cell_of, machine, measured_on, routing
 from test_hardware import tiny_profile
 
-from real import validate as command
-from real.measured import read_folder, write_measured
-from real.validate import GROUND_TRUTH, check_ground_truth, resolve_winner, write_ground_truth
+from real.validation import command
+from real.validation.command import GROUND_TRUTH, check_ground_truth, resolve_winner, write_ground_truth
+from real.validation.measured import read_folder, write_measured
 from sim.cli import main
 from sim.experiment import simulate
 from traces import save_trace

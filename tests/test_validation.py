@@ -7,7 +7,7 @@ import pytest
 from measuring import FIFO, LAYERS, PREFETCHING, TRACE, cell_of, machine, measured_on, routing
 
 from real.systems import cell_system
-from real.validation import (
+from real.validation.comparison import (
     Divergence,
     anchor_of,
     cell_costs,

@@ -24,7 +24,7 @@ import transformers
 from real.driver import STAND_IN, check_gpu, device_name
 from real.host import undisturbed
 from real.identity import check_all, failed, prompts_of, separated
-from real.live_model import LiveModel, random_model
+from real.live.model import LiveModel, random_model
 from real.peers.arms import Arm, all_arms
 from real.peers.report import FORMAT, defects, summarise, table
 from real.replay import device_errors, free_device_memory, make_folder

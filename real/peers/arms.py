@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from policies.contract import Future
 from real.decoder import GRAPH_TOKENS
-from real.live import LiveRun, Request
-from real.live_decoder import is_plain_silu
-from real.live_model import LiveModel
+from real.live.decoder import is_plain_silu
+from real.live.model import LiveModel
+from real.live.run import LiveRun, Request
 from real.replay import free_device_memory
 from real.systems import composition, read_system
 from traces.errors import InputError

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from real.calibration.fitting import quietest
 from real.cuda import copy_on
-from real.fitting import quietest
 from real.host import undisturbed
 
 DEVICE = "cuda"

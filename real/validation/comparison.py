@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from policies.contract import Ints
-from real.measured import MeasuredRun
-from real.pricing import JUDGED, STARTS, Log, Priced, by_event, price
 from real.systems import cell_system
+from real.validation.measured import MeasuredRun
+from real.validation.pricing import JUDGED, STARTS, Log, Priced, by_event, price
 from sim.costs import Costs, make_costs, with_free_link
 from sim.engines import run_engine
 from sim.hardware import Hardware
@@ -87,7 +87,7 @@ class CellReport(NamedTuple):
     """Measured TPOT with every step's median over the passes in place of its quickest."""
     copy_efficiency: float | None
     host_per_layer_ns: dict[str, dict[str, float]] | None
-    """As in `real.measured.MeasuredRun`."""
+    """As in `real.validation.measured.MeasuredRun`."""
     logs: tuple[Log, Log]
     """The executor's and the simulator's."""
 

@@ -15,8 +15,8 @@ import torch
 
 from real.decoder import GRAPH_TOKENS, RING_ROWS
 from real.device import COMPUTE, Device, Memory
-from real.live_model import LiveModel
-from real.readout import Readout
+from real.live.model import LiveModel
+from real.live.readout import Readout
 from real.turn import Expected
 from sim.fast.observed import Observed
 from traces.errors import InputError

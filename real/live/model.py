@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers.integrations.moe import ExpertsInterface
 
-from real.expert_layout import ExpertLayout, layout_of
+from real.live.expert_layout import ExpertLayout, layout_of
 from real.slab import HostSlab
 from traces.errors import InputError
 from traces.recorder.layers import MoELayer, expert_count, moe_layers
@@ -35,7 +35,7 @@ def _experts_forward(module: Any, hidden: Any, ids: Any, weights: Any) -> Any:
     """Let whoever serves the module's model compute its experts."""
     server = getattr(module, "foregate_server", None)
     if server is None:
-        raise InputError("the experts are in host memory and no run serves them: generate with real.live")
+        raise InputError("the experts are in host memory and no run serves them: generate with real.live.run")
     return server(module.foregate_layer, hidden, ids, weights)
 
 

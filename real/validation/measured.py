@@ -21,8 +21,8 @@ import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from real.pricing import JUDGED, Log
 from real.timeline import HOST_PARTS, STAMPS, host_per_layer, spans_of
+from real.validation.pricing import JUDGED, Log
 from sim.reference import Span
 from sim.result import KINDS
 from traces.atomic import write_atomically

@@ -1,7 +1,7 @@
 """What the executor's own kernels, copies and host thread take on this machine, by model shape.
 
 Short replays of made-up routing in a decoder of few layers and experts, between marks on the device: everything resident,
-everything missing, everything prefetched just before it is needed. `real.calibration` makes constants of the samples.
+everything missing, everything prefetched just before it is needed. `profile.py` makes constants of the samples.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from real.calibration.fitting import quietest
 from real.decoder import ModelShape
-from real.fitting import quietest
 from real.replay import Cell, Measured, Model, run_cell
 from real.timeline import MARKS
 from traces import save_trace

@@ -22,8 +22,8 @@ from real.decisions import Decisions
 from real.device import Device
 from real.executor import Executor, Outcome, Shape
 from real.host import undisturbed
-from real.live_decoder import LiveDecoder
-from real.live_model import LiveModel
+from real.live.decoder import LiveDecoder
+from real.live.model import LiveModel
 from real.replay import Log, check_room, device_errors, free_device_memory, link_rate, opened
 from real.schedule import Schedule
 from real.timeline import Timeline

@@ -16,15 +16,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from real.calibration.fitting import Summary, fit_kernel, fit_train, overhead_ns, rising, slowdown, summary
+from real.calibration.measure_host import EXPERT, HostTimes, measure_host
 from real.driver import driver_version
-from real.fitting import Summary, fit_kernel, fit_train, overhead_ns, rising, slowdown, summary
-from real.measure_host import EXPERT, HostTimes, measure_host
 from traces.atomic import write_atomically
 from traces.errors import InputError
 
 if TYPE_CHECKING:
-    from real.measure_executor import ShapeTimes
-    from real.measure_gpu import GpuTimes
+    from real.calibration.measure_executor import ShapeTimes
+    from real.calibration.measure_gpu import GpuTimes
 
 BASE = "h100_pcie5"
 """The profile whose constants stand where this machine was not measured."""
@@ -91,8 +91,8 @@ def _gpu(say: Say) -> tuple[GpuTimes | None, Mapping[str, ShapeTimes], tuple[str
         return None, {}, (f"torch is not installed, so no GPU was measured: {kept}",)
     if not torch.cuda.is_available():
         return None, {}, (f"there is no GPU that torch can use: {kept}",)
-    from real.measure_executor import MODELS, measure_executor
-    from real.measure_gpu import measure_gpu
+    from real.calibration.measure_executor import MODELS, measure_executor
+    from real.calibration.measure_gpu import measure_gpu
 
     try:
         times = measure_gpu(say)
@@ -422,7 +422,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(options.out)  # noqa: T201
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

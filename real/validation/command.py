@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from real.driver import STAND_IN
-from real.measured import SHOWN_STEPS, MeasuredRun, from_replay, read_folder, replay_results, write_measured
-from real.validation import (
+from real.validation.comparison import (
     CellReport,
     compare_cell,
     find_trace,
@@ -24,6 +23,7 @@ from real.validation import (
     simulated_spans,
     summary,
 )
+from real.validation.measured import SHOWN_STEPS, MeasuredRun, from_replay, read_folder, replay_results, write_measured
 from sim import store
 from sim.config import Config, check_config, check_types, compose_config, groups
 from sim.experiment import workload_of
@@ -37,7 +37,7 @@ from traces.errors import InputError
 OWN = ("runs", "cells", "timeline", "json")
 """Settings of this command, beside those of a simulation."""
 
-GROUND_TRUTH = Path(__file__).parent / "ground_truth"
+GROUND_TRUTH = Path(__file__).parents[1] / "ground_truth"
 """Committed measurements: a folder per GPU with runs, ``hardware.json`` (the resolved profile) and ``summary.json``."""
 
 Run = tuple[MeasuredRun, Trace]
