@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from policies.system import AXES
+from real.commands import ended
 from real.decoder import ModelShape
 from real.replay import Cell, make_folder
 from sim.config import compose_config
@@ -26,6 +27,7 @@ from sim.costs import decode_layer_ns, transfer_ns
 from sim.experiment import costs_of, slots_of, workload_of
 from sim.hardware import model_spec
 from traces import Provenance, Trace, bundled, load_trace, save_trace, take_tokens
+from traces.atomic import write_atomically
 from traces.errors import InputError
 from traces.trace import ModelSpec
 
@@ -167,8 +169,8 @@ def make_grid(folder: Path, tokens: int = 480) -> list[Cell]:
 
 
 def write_cells(cells: Iterable[Cell], path: Path) -> None:
-    """Write cells as JSON."""
-    path.write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+    """Write cells as JSON, at once."""
+    write_atomically(path, json.dumps([asdict(cell) for cell in cells], indent=1).encode())
 
 
 def _first(ids: Any, values: Any, experts: int, count: int) -> tuple[Any, Any]:
@@ -200,20 +202,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m real.cells", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     folder: Path = parser.parse_args(arguments).out.resolve()
+    return ended(lambda: _run(folder), "nothing was written")
+
+
+def _run(folder: Path) -> int:
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         make_folder(folder)
         cells = _write_grid(folder)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         for each in new:
             with suppress(OSError):  # one that was not made yet
                 each.rmdir()
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(f"{len(cells)} cells in {folder / 'cells.json'}")
+        raise
+    print(f"{len(cells)} cells in {folder / CELLS}")
     return 0
 
 
@@ -224,8 +226,7 @@ def _write_grid(folder: Path) -> list[Cell]:
         cells = make_grid(made)
         for path in sorted(made.iterdir()):
             os.replace(path, folder / path.name)
-        write_cells(cells, made / CELLS)
-        os.replace(made / CELLS, folder / CELLS)
+    write_cells(cells, folder / CELLS)
     return cells
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from policies.system import Composition
+from real.commands import ended
 from real.driver import check_gpu
 from real.live.model import LiveModel, load_model
 from real.live.run import LiveRun, check_needs
@@ -137,26 +138,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("overrides", nargs="*", help="parts of the system to change, such as eviction=lfu")
     chosen = parser.parse_args(arguments)
-    try:
-        check_gpu(chosen.where)
-        parts = composition(read_system(chosen.system, chosen.overrides))
-        result = generate(
-            chosen.model,
-            chosen.prompts,
-            parts,
-            chosen.budget,
-            new_tokens=chosen.new_tokens,
-            graphs=chosen.graphs,
-            where=chosen.where,
-            dtype=chosen.dtype,
-            check=chosen.check,
-        )
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing stays allocated", file=sys.stderr)
-        return 130
+    return ended(lambda: _run_command(chosen), "nothing stays allocated")
+
+
+def _run_command(chosen: argparse.Namespace) -> int:
+    check_gpu(chosen.where)
+    parts = composition(read_system(chosen.system, chosen.overrides))
+    result = generate(
+        chosen.model,
+        chosen.prompts,
+        parts,
+        chosen.budget,
+        new_tokens=chosen.new_tokens,
+        graphs=chosen.graphs,
+        where=chosen.where,
+        dtype=chosen.dtype,
+        check=chosen.check,
+    )
     print(json.dumps(result, indent=1))
     return 0
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from real.commands import ended
 from real.driver import check_gpu
 from real.live.model import LiveModel, load_model
 from real.live.run import LiveRun
@@ -197,19 +198,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", nargs="+", default=list(SMALL), help="check these architectures, comma separated")
     chosen = parser.parse_args(arguments)
-    try:
-        check_gpu(chosen.where)
-        only = separated(chosen.only)
-        for name in only:
-            if name not in SMALL:
-                raise InputError(f"--only: '{name}' is no architecture that is checked: {nearest(name, SMALL)}")
-        rows = check_all(chosen.where, lambda row: print(json.dumps(row), flush=True), only)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the checks that follow did not run", file=sys.stderr)
-        return 130
+    return ended(lambda: _run(chosen.where, separated(chosen.only)), "the checks that follow did not run")
+
+
+def _run(where: str, only: list[str]) -> int:
+    check_gpu(where)
+    for name in only:
+        if name not in SMALL:
+            raise InputError(f"--only: '{name}' is no architecture that is checked: {nearest(name, SMALL)}")
+    rows = check_all(where, lambda row: print(json.dumps(row), flush=True), only)
     return 1 if any(map(failed, rows)) else 0
 
 

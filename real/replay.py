@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from policies.system import AXES
+from real.commands import ended
 from real.decisions import Decisions
 from real.decoder import ModelShape, ReplayDecoder, SlotPool, Weights
 from real.device import COPY, Device, Memory
@@ -569,18 +570,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="start no cell after so many minutes")
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
     chosen = parser.parse_args(arguments)
-    try:
-        check_gpu(chosen.where)
-        cells = read_cells(chosen.cells)
-        check_cells(cells, chosen.cells)
-        make_folder(chosen.out)
-        return 1 if run_cells(cells, chosen.out, where=chosen.where, minutes=chosen.minutes) else 0
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the results of all cells that were complete are written", file=sys.stderr)
-        return 130
+    return ended(lambda: _run(chosen), "the results of all cells that were complete are written")
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    check_gpu(chosen.where)
+    cells = read_cells(chosen.cells)
+    check_cells(cells, chosen.cells)
+    make_folder(chosen.out)
+    return 1 if run_cells(cells, chosen.out, where=chosen.where, minutes=chosen.minutes) else 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from real.commands import ended
 from real.decoder import ModelShape
 from real.device import COMPUTE, Calls, Device
 from real.driver import check_gpu
@@ -268,15 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m real.selftest", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--where", choices=("cuda", "cpu"), default="cuda")
     where = parser.parse_args(arguments).where
-    try:
-        check_gpu(where)
-        wrong = run(where)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the checks that follow did not run", file=sys.stderr)
-        return 130
+    return ended(lambda: _run_all(where), "the checks that follow did not run")
+
+
+def _run_all(where: str) -> int:
+    check_gpu(where)
+    wrong = run(where)
     print(f"self-test: {len(wrong)} checks failed" if wrong else "self-test: all is as it must be")
     return 1 if wrong else 0
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from real.commands import ended
 from real.driver import STAND_IN, check_gpu, device_name
 from real.host import undisturbed
 from real.identity import check_all, failed, prompts_of, separated
@@ -170,14 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
-    try:
-        return _run(chosen, end)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; the rows of all arms that were complete are in {chosen.out}", file=sys.stderr)
-        return 130
+    return ended(lambda: _run(chosen, end), f"the rows of all arms that were complete are in {chosen.out}")
 
 
 def _run(chosen: argparse.Namespace, end: float) -> int:
