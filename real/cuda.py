@@ -72,10 +72,7 @@ class Cuda(Device):
 
     def next_event(self, stream: int) -> int:
         """Return the event of the stream's next ticket, whose last use is over."""
-        ticket = self._recorded[stream] + 1
-        if ticket > RING:
-            self.synchronize(stream, ticket - RING)
-        return self._ring[stream][ticket % RING]
+        return self._free_event(stream, self._recorded[stream] + 1)
 
     def fail(self, code: int) -> NoReturn:
         """Raise InputError for what the driver answered."""
@@ -111,9 +108,13 @@ class Cuda(Device):
         return self._base_ns + int(milliseconds.value * 1e6)
 
     def _record(self, stream: int, ticket: int) -> None:
+        _check(self._record_event(self._free_event(stream, ticket), self._handles[stream]))
+
+    def _free_event(self, stream: int, ticket: int) -> int:
+        """Return the event of a ticket that was not recorded yet, once its last use is over."""
         if ticket > RING:
             self.synchronize(stream, ticket - RING)
-        _check(self._record_event(self._ring[stream][ticket % RING], self._handles[stream]))
+        return self._ring[stream][ticket % RING]
 
     def _wait(self, stream: int, on: int, ticket: int) -> None:
         _check(self._wait_event(self._handles[stream], self._ring[on][ticket % RING], 0))

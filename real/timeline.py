@@ -70,7 +70,6 @@ class Timeline:
         self._step = self._layer = 0
         self._opened = (0, 0)
         self._stamps: list[int] = []
-        self._step_stamps: list[int] = []
         self._marks: list[tuple[int, int, int, int]] = []
         """(step, layer, kind, mark)"""
         self._copies: list[tuple[int, int, int, int, int]] = []
@@ -86,7 +85,6 @@ class Timeline:
     def begin_step(self, step: int) -> None:
         """The host begins to issue a step."""
         self._step, self._layer = step, 0
-        self._step_stamps.append(time.perf_counter_ns())
         self._mark(_ATTENTION)
 
     def begin_layer(self, step: int, layer: int) -> None:

@@ -40,7 +40,7 @@ _MEMCPY, _RECORD, _STREAM, _TO, _FROM, _SLOT_BYTES, _EXPERT_BYTES = range(16, 23
 """How a copy is started."""
 _CLOCK, _TIME, _SEEN = range(23, 26)
 """C's clock, where it writes the time, and whether it has since `Turn.expect`."""
-_UNION, _HITS, _MISSES, _LEAVING, _SLOT, _CODE = range(26, 32)
+_UNION, _LEAVING, _SLOT, _CODE = range(26, 30)
 """Results."""
 
 MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 0)
@@ -85,8 +85,7 @@ class Turn:
         self._time = np.zeros(2, np.int64)
         clock = _clock()
         calls = device.calls()
-        self._kept = clock, calls
-        self._numbers: Any = np.zeros(32, np.int64)
+        self._numbers: Any = np.zeros(30, np.int64)
         for place, number in (
             (_BITS, words.bits),
             (_OFFSET, words.offset),
@@ -271,7 +270,7 @@ def _turn(state: Any, looks: Any, decide: Any, send: Any, d: Any) -> Any:
         else:
             told.misses[misses] = key
             misses += 1
-    numbers[_UNION], numbers[_HITS], numbers[_MISSES] = union, hits, misses
+    numbers[_UNION] = union
     if union and call(table[EVENT], table[EVICTION], hits, misses, pool, now) == FAILED:
         return FAILED
     if not send or misses == 0 or union > numbers[_SLOTS]:

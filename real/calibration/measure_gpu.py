@@ -149,13 +149,18 @@ def timed(work: Callable[[], Any], repeats: int, *, queued: bool = False) -> Sam
         torch.cuda.synchronize()
         if queued:
             torch.cuda._sleep(2_000_000)  # cycles, about a millisecond
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e6)
+        samples.append(_device_ns(work))
     return samples[2:]
+
+
+def _device_ns(work: Callable[[], Any]) -> float:
+    """Return the device time of `work` between two events on the current stream, once it is done."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end) * 1e6)
 
 
 def captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -260,12 +265,7 @@ def _beside(work: Callable[[], Any], other: Callable[[], Any], stream: torch.cud
         with torch.cuda.stream(stream):
             other()
         torch.cuda._sleep(400_000)  # until the work was submitted too
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e6)
+        samples.append(_device_ns(work))
     torch.cuda.synchronize()
     return samples[2:]
 
