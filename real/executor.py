@@ -202,6 +202,7 @@ class Executor:
         self.decoder.shared(step, layer)
         self.timeline.shared_issued()
         self._predict_what_is_due()
+        self.timeline.looked_ahead()
         ended = self._await_routed(step, layer)
         self.timeline.routed(self.turn.seen_ns)
         self._serve_event(step, layer, sent=ended == SENT)

@@ -16,14 +16,16 @@ import numpy as np
 from policies.contract import Ints
 from real.device import COMPUTE, COPY, Device
 
-STAMPS = ("begin", "gate_issued", "routed", "decided", "experts_issued")
-"""Host stamps of every (step, layer): it begins to issue attention and gate; has issued them; knows the routed experts; has
-decided and fed the link; has issued the experts."""
+STAMPS = ("begin", "gate_issued", "looked_ahead", "routed", "decided", "experts_issued")
+"""Host stamps of every (step, layer): it begins to issue attention and gate; has issued them; has issued shared experts and
+predicted what was still to be predicted; knows the routed experts; has decided and fed the link; has issued the experts."""
 
-HOST_PARTS = ("issue_gate", "await_gate", "decide_and_feed", "issue_experts", "between_layers")
+HOST_PARTS = ("issue_gate", "look_ahead", "await_gate", "decide_and_feed", "issue_experts", "between_layers")
 """What the host thread does in a layer, from stamp to stamp and on to the next layer's first: it issues attention and gate;
-waits for the gate's result, which is no work; decides and starts the first demand; issues the experts, further demands,
-prediction and prefetches; feeds the link on the way to the next layer (between steps this is not counted)."""
+issues shared experts, and if the layer before had to await nothing, predicts from it and starts prefetches; waits for the
+gate's result, which is no work; decides and starts the first demand; issues the experts and further demands, and if it has to
+await something, predicts and starts prefetches; feeds the link on the way to the next layer (between steps this is not
+counted)."""
 
 MARKS = ("attention", "gate", "decide", "wait", "start", "end", "head", "step_end")
 """Places in the compute stream: before attention; after the gate; after the shared experts; before it waits for a transfer;
@@ -103,6 +105,10 @@ class Timeline:
     def shared_issued(self) -> None:
         """Shared experts are issued."""
         self._mark(_DECIDE)
+
+    def looked_ahead(self) -> None:
+        """Nothing is left to be predicted from the layer before."""
+        self._stamps.append(time.perf_counter_ns())
 
     def routed(self, ns: int) -> None:
         """The host knows the routed experts, and did so at `ns`."""
@@ -257,10 +263,11 @@ def spans_of(stamps: Ints, marks: Ints, steps: range, *, shared: bool) -> Spans:
         found.append(("compute", _AFTER_MARK[kind], start, end, -1, step * layers + layer))
     rows: list[list[int]] = stamps[steps.start : steps.stop].reshape(-1, len(STAMPS)).tolist()
     following: list[list[int]] = [*rows[1:], []]
-    for event, ((begin, gate_issued, routed, decided, issued), after) in enumerate(
+    for event, ((begin, gate_issued, looked_ahead, routed, decided, issued), after) in enumerate(
         zip(rows, following, strict=True), start=steps.start * layers
     ):
         found.append(("host", "gate", begin, gate_issued, -1, event))
+        found.append(("host", "ahead", gate_issued, looked_ahead, -1, event))
         found.append(("host", "decide", routed, decided, -1, event))
         found.append(("host", "issue", decided, issued, -1, event))
         if after and event % layers == layers - 1:

@@ -230,7 +230,8 @@ def test_the_host_figure_stacks_what_a_layer_consists_of(tmp_path, drawn):
     def spread(median):
         return {"median": median, "p10": 0.5 * median, "p90": 2.0 * median}
 
-    parts = {"issue_gate": 5e3, "await_gate": 80e3, "decide_and_feed": 20e3, "issue_experts": 30e3, "between_layers": 1e3}
+    parts = {"issue_gate": 5e3, "look_ahead": 2e3, "await_gate": 80e3, "decide_and_feed": 20e3, "issue_experts": 3e4}
+    parts |= {"between_layers": 1e3}
     host = {name: spread(ns) for name, ns in parts.items()}
     cells = [
         {"name": "lru", "anchor": None, "host_per_layer_ns": host},
@@ -240,8 +241,8 @@ def test_the_host_figure_stacks_what_a_layer_consists_of(tmp_path, drawn):
     host_figure(cells, "a machine", tmp_path / "host.png")
     left, right = drawn[0].axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["lru", "all resident"]
-    assert [bar.get_x() for bar in left.patches] == [0, 0, 5, 5, 25, 25, 55, 55]
-    assert [bar.get_width() for bar in left.patches] == [5, 5, 20, 20, 30, 30, 1, 1]
+    assert [bar.get_x() for bar in left.patches] == [0, 0, 5, 5, 7, 7, 27, 27, 57, 57]
+    assert [bar.get_width() for bar in left.patches] == [5, 5, 2, 2, 20, 20, 30, 30, 1, 1]
     assert [bar.get_width() for bar in right.patches] == [80, 80]
     assert right.collections[0].get_segments()[0][:, 0].tolist() == [40, 160]
     with pytest.raises(InputError, match="no measured cell says its host time per layer"):

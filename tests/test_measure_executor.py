@@ -4,7 +4,7 @@ import pytest
 import yaml
 from test_hardware import tiny_profile
 
-from real.calibration.measure_executor import CONTEXTS, LAYERS, MODELS, ShapeTimes, _quietest, measure_executor
+from real.calibration.measure_executor import CONTEXTS, MODELS, ShapeTimes, _quietest, measure_executor
 from real.calibration.profile import Entry, executor_constants, executor_figures, profile_text
 from real.cells import GRID, decoder_shape
 from real.decoder import ModelShape
@@ -109,10 +109,9 @@ def test_of_every_quantity_its_own_quietest_round_counts():
 
 def test_the_runs_give_samples_of_everything_on_a_cpu_too():
     steps = 2
-    found = measure_executor({"tiny": ModelShape(8, 8, 2, 16, 8, 8, 1, 32)}, lambda what: None, where="cpu", steps=steps)[
-        "tiny"
-    ]
-    events = steps * LAYERS  # of the quietest round
+    shape = ModelShape(4, 8, 2, 16, 8, 8, 1, 32)
+    found = measure_executor({"tiny": shape}, lambda what: None, where="cpu", steps=steps)["tiny"]
+    events = steps * shape.layers  # of the quietest round
     assert sorted(found.attention) == list(CONTEXTS)
     assert sorted(found.groups) == [1, 2]
     assert [len(found.groups[count]) for count in (1, 2)] == [events, events]

@@ -62,19 +62,19 @@ def test_another_cell_than_the_present_one_is_refused(path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"format": "foregate.measured.0"}, "not a measured run of the format foregate.measured.3"),
+        ({"format": "foregate.measured.0"}, "not a measured run of the format foregate.measured.4"),
         ({"device": 7}, "device is 7"),
         ({"extra": 1}, "extra is no field of a measured run"),
         ({"bytes_by_kind": {"demand": 1}}, "bytes_by_kind must be those of demand, useful, late, wasted, refresh"),
         (
             {"host_per_layer_ns": {"await_gate": {"median": 2, "p10": 1, "p90": 3}}},
-            "host_per_layer_ns must have median, p10 and p90 of issue_gate, await_gate, decide_and_feed, issue_experts, "
-            "between_layers",
+            "host_per_layer_ns must have median, p10 and p90 of issue_gate, look_ahead, await_gate, decide_and_feed, "
+            "issue_experts, between_layers",
         ),
         (
             {"host_per_layer_ns": {part: {"median": 2, "p10": 3, "p90": 3} for part in HOST_PARTS}},
-            "host_per_layer_ns must have median, p10 and p90 of issue_gate, await_gate, decide_and_feed, issue_experts, "
-            "between_layers",
+            "host_per_layer_ns must have median, p10 and p90 of issue_gate, look_ahead, await_gate, decide_and_feed, "
+            "issue_experts, between_layers",
         ),
         ({"decisions_digest": "0"}, "the decisions do not have the digest that the file states"),
     ],
@@ -201,7 +201,7 @@ def test_a_cell_that_the_executor_ran_becomes_a_measured_run():
 
 def test_host_time_and_spans_come_from_stamps_and_marks():
     """Of 30 steps of 3 layers: host parts of the timed steps, spans of the last marked ones."""
-    stamps = np.arange(30 * 3 * 5).reshape(30, 3, 5) * 10
+    stamps = np.arange(30 * 3 * 6).reshape(30, 3, 6) * 10
     stamps[22:] *= 2  # marked steps, which do not count
     marks = [
         (step, layer, MARKS.index(kind), 1000 * step + 10 * place)

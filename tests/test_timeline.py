@@ -69,7 +69,7 @@ def test_the_links_rate_is_that_of_copies_in_a_row(timeline):
 
 
 def test_spans_say_what_the_times_add_up(timeline):
-    stamps = np.array([[[0, 9, 20, 30, 40], [42, 50, 60, 70, 90]]])
+    stamps = np.array([[[0, 9, 11, 20, 30, 40], [42, 50, 50, 60, 70, 90]]])
     for shared in (True, False):
         spans = spans_of(stamps, timeline.device_marks(), range(1), shared=shared)
         compute = [(what, start, end, event) for resource, what, start, end, _, event in spans if resource == "compute"]
@@ -81,6 +81,7 @@ def test_spans_say_what_the_times_add_up(timeline):
         assert [spent[name] for name in ("wait", "host", "experts", "step")] == [5, 17, 25, 1]
     assert [span[1:] for span in spans if span[0] == "host"] == [
         ("gate", 0, 9, -1, 0),
+        ("ahead", 9, 11, -1, 0),
         ("decide", 20, 30, -1, 0),
         ("issue", 30, 40, -1, 0),
         ("gate", 42, 50, -1, 1),
@@ -90,10 +91,15 @@ def test_spans_say_what_the_times_add_up(timeline):
 
 
 def test_host_time_of_a_layer_by_part():
-    stamps = np.array([[[0, 9, 20, 30, 40], [42, 50, 60, 70, 90]], [[100, 107, 120, 130, 140], [144, 150, 160, 170, 190]]])
+    stamps = np.array(
+        [
+            [[0, 9, 10, 20, 30, 40], [42, 50, 53, 60, 70, 90]],
+            [[100, 107, 110, 120, 130, 140], [144, 150, 151, 160, 170, 190]],
+        ]
+    )
     found = host_per_layer(stamps)
     assert list(found) == list(HOST_PARTS)
-    assert [part["median"] for part in found.values()] == [7.5, 10.5, 10, 15, 3]
+    assert [part["median"] for part in found.values()] == [7.5, 2, 9.5, 10, 15, 3]
     assert found["issue_gate"]["p10"] == pytest.approx(6.3)
     assert found["issue_gate"]["p90"] == pytest.approx(8.7)
     assert all(np.isnan(list(part.values())).all() for part in host_per_layer(stamps[:0]).values())

@@ -1,7 +1,8 @@
 """What the executor's own kernels, copies and host thread take on this machine, by model shape.
 
-Short replays of made-up routing in a decoder of few layers and experts, between marks on the device: everything resident,
-everything missing, everything prefetched just before it is needed. `profile.py` makes constants of the samples.
+Short replays of made-up routing in a decoder as deep as the model, with few experts a layer, between marks on the device:
+everything resident, everything missing, everything prefetched just before it is needed. `profile.py` makes constants of the
+samples.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from real.calibration.fitting import quietest
 from real.decoder import ModelShape
@@ -21,8 +23,12 @@ from real.timeline import MARKS
 from traces import save_trace
 from traces.synthetic import synthesize
 
-LAYERS, EXPERTS = 4, 16
-"""Of the small decoder: what it reads leaves every cache, and making it takes a second."""
+EXPERTS = 16
+"""Of a layer of the decoder, unless a token needs more than half of them."""
+
+MOST_BYTES = 8 << 30
+"""Of all its experts: a deeper decoder loses layers. With four layers the caches of processor and GPU still hold what they
+no longer do with sixteen: the host decided 3 microseconds sooner, and groups of experts took 2 less (docs/validation.md)."""
 
 ROUNDS = 3
 """The runs of a shape alternate so often, and of every quantity the quietest round counts: a machine is slow at times."""
@@ -56,7 +62,7 @@ class ShapeTimes(NamedTuple):
     attention: dict[int, Samples]
     """Attention and gate of a layer, by length of the KV cache."""
     shared: Samples
-    """Its shared experts."""
+    """Its shared experts; all 0 where it has none."""
     attention_beside: Samples
     """The same at the shortest length while the link is busy."""
     groups: dict[int, Samples]
@@ -81,8 +87,6 @@ class ShapeTimes(NamedTuple):
     """The host's time for predicting one layer ahead."""
     step_issue: Samples
     """The host's time between a step's last experts and the next step's first gate."""
-    mark: Samples
-    """What a mark costs, which is part of every span."""
 
 
 MODELS = {
@@ -94,14 +98,14 @@ MODELS = {
 
 
 def measure_executor(
-    shapes: Mapping[str, ModelShape], say: Callable[[str], None], *, where: str = "cuda", steps: int = 24
+    shapes: Mapping[str, ModelShape], say: Callable[[str], None], *, where: str = "cuda", steps: int = 8
 ) -> dict[str, ShapeTimes]:
     """Measure every shape; on a CPU the same code runs and its times mean nothing. Raises InputError."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in shapes.items():
             say(f"the executor on {name}")
-            model = Model(shape._replace(layers=LAYERS, experts=max(EXPERTS, 2 * shape.top_k)), where)
+            model = Model(_as_fits(shape, where), where)
             try:
                 found[name] = _measure(model, Path(folder) / name, steps)
             finally:
@@ -109,10 +113,22 @@ def measure_executor(
     return found
 
 
+def _as_fits(shape: ModelShape, where: str) -> ModelShape:
+    """Return `shape` with few experts, and as many layers as there is room for; made-up routing needs four to look ahead."""
+    experts = max(EXPERTS, 2 * shape.top_k)
+    room = MOST_BYTES if where == "cpu" else min(MOST_BYTES, torch.cuda.mem_get_info()[0] // 2)
+    return shape._replace(layers=min(shape.layers, max(room // (experts * shape.expert_bytes), 2)), experts=experts)
+
+
 def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
     shape = model.shape
     trace = synthesize(
-        layers=LAYERS, experts=shape.experts, top_k=shape.top_k, requests=1, prefill_tokens=1, decode_tokens=2 * steps + 16
+        layers=shape.layers,
+        experts=shape.experts,
+        top_k=shape.top_k,
+        requests=1,
+        prefill_tokens=1,
+        decode_tokens=2 * steps + 16,
     )
     paths = {}
     for context in CONTEXTS:
@@ -129,7 +145,7 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
             model=shape._asdict(),
             system=system,
             slots=slots,
-            warmup=8,
+            warmup=4,
             steps=steps,
             marked=steps,
             seed=0,
@@ -152,7 +168,7 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
         rounds.append(
             {
                 "attention": {short: resident.inner_attention},
-                "shared": resident.spans("gate"),
+                "shared": [span * bool(shape.shared_width) for span in resident.spans("gate")],
                 "attention_beside": prefetched.inner_attention,
                 "groups": {1: missing.last_groups, shape.top_k: resident.spans("start")},
                 "group_beside": missing.other_groups,
@@ -163,9 +179,8 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
                 "gate_to_residents": resident.spans("decide"),
                 "gate_to_copy": missing.gate_to_copy,
                 "landing_to_experts": missing.landing_to_experts,
-                "ahead": [(each - float(np.median(resident.experts_issue))) / _AHEAD for each in ahead.experts_issue],
+                "ahead": [(each - float(np.median(resident.look_ahead))) / _AHEAD for each in ahead.look_ahead],
                 "step_issue": resident.step_issue,
-                "mark": resident.spans("end"),
             }
         )
     found = {name: _quietest([each[name] for each in rounds]) for name in rounds[0] if name != "ahead"}
@@ -184,14 +199,14 @@ def _quietest(rounds: list[Any]) -> Any:
 
 
 class _Parts:
-    """The marked steps of a run, taken apart. A span ends with the next mark, whose cost it holds."""
+    """The marked steps of a run, taken apart: spans from mark to mark."""
 
     def __init__(self, measured: Measured, cell: Cell) -> None:
         timeline = measured.timeline
         self.marks, self._copies = timeline.device_marks(), timeline.copy_marks()
         timed = slice(cell.warmup, cell.warmup + cell.steps)
-        begin, issued = (timeline.stamps[timed, :, place] for place in (0, 1))
-        self.experts_issue: Samples = _floats((timeline.stamps[timed, :, 4] - timeline.stamps[timed, :, 3]).ravel())
+        begin, issued, looked_ahead, *_ = np.moveaxis(timeline.stamps[timed], 2, 0)
+        self.look_ahead: Samples = _floats((looked_ahead - issued).ravel())
         self.gate_issue: Samples = _floats((issued - begin).ravel())
         self.step_issue: Samples = _floats(begin[1:, 0] - timeline.stamps[timed, -1, -1][:-1])
         self._span = np.diff(self.marks[:, 3])

@@ -28,7 +28,7 @@ from sim.result import KINDS
 from traces.atomic import write_atomically
 from traces.errors import InputError
 
-FORMAT = "foregate.measured.3"
+FORMAT = "foregate.measured.4"
 
 SHOWN_STEPS = 4
 """Of so many of the last marked steps the spans are kept."""

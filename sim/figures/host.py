@@ -10,13 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sim.figures import style
-from sim.figures.style import BLUE, GREEN, ORANGE, PURPLE
+from sim.figures.style import BLUE, GREEN, ORANGE, PURPLE, SKY
 from traces.errors import InputError
 
 _WORK = {
     "issue_gate": (BLUE, "issue attention and gate"),
+    "look_ahead": (SKY, "issue shared experts, look ahead"),
     "decide_and_feed": (ORANGE, "decide, start the first demand"),
-    "issue_experts": (GREEN, "issue experts, other demands, prefetches"),
+    "issue_experts": (GREEN, "issue experts, other demands, look ahead"),
     "between_layers": (PURPLE, "between layers"),
 }
 _WAIT = {"await_gate": ("0.7", "wait for the gate's result: no work")}
