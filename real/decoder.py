@@ -206,6 +206,10 @@ class ReplayDecoder:
         """Take note of the routed ids."""
         self._routed = ids
 
+    def observe(self, step: int, layer: int) -> bool:
+        """Do nothing: predictors see what was recorded."""
+        return True
+
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts that `slots` names, by key."""
         first_key = layer * self.shape.experts

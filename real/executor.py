@@ -50,6 +50,9 @@ class Decoder(Protocol):
     def routed(self, step: int, layer: int, ids: list[int]) -> None:
         """Take note of the routed ids of all tokens in a row (-1: none), which are in host memory now."""
 
+    def observe(self, step: int, layer: int) -> bool:
+        """Take note of what predictors see besides the routed ids; return False while that is not all in host memory."""
+
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts of a layer that `slots` names, by key: those tokens that routed to them."""
 
@@ -251,12 +254,23 @@ class Executor:
             looks = min(device.looks, 64) if busy else device.looks
             if (ended := self._take_turn(pool, looks)) != NOT_YET:
                 return ended
-            device.idle()
             rounds += 1
-            if rounds % 1024 == 0 and time.perf_counter_ns() - self.timeline.issued_ns > SILENT_S * 1e9:
-                raise InputError(
-                    f"the gate of layer {layer} in step {step} gave no result within {SILENT_S:.0f} s: the device is lost"
-                )
+            self._let_device_go_on(step, layer, rounds)
+
+    def _await_observed(self, step: int, layer: int) -> None:
+        """Wait until what predictors see of the running event is in host memory; the link has its demands meanwhile."""
+        rounds = 0
+        while not self.decoder.observe(step, layer):
+            rounds += 1
+            self._let_device_go_on(step, layer, rounds)
+
+    def _let_device_go_on(self, step: int, layer: int, rounds: int) -> None:
+        """Let the device work between two of many looks. Raises InputError where it has been silent for too long."""
+        self.device.idle()
+        if rounds % 1024 == 0 and time.perf_counter_ns() - self.timeline.issued_ns > SILENT_S * 1e9:
+            raise InputError(
+                f"the gate of layer {layer} in step {step} gave no result within {SILENT_S:.0f} s: the device is lost"
+            )
 
     def _take_turn(self, pool: int, looks: int) -> int:
         """Let the compiled turn do all that it may as things are; return how it ended. Raises what a policy raised."""
@@ -319,6 +333,8 @@ class Executor:
             self.timeline.decided()
             self._compute(step, layer, present)
         self.link.send_demands()
+        if self.depth:
+            self._await_observed(step, layer)
         self.due = (step, layer)
         if awaited or absent or not self._drives:
             self._predict_what_is_due()

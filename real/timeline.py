@@ -23,9 +23,8 @@ predicted what was still to be predicted; knows the routed experts; has decided 
 HOST_PARTS = ("issue_gate", "look_ahead", "await_gate", "decide_and_feed", "issue_experts", "between_layers")
 """What the host thread does in a layer, from stamp to stamp and on to the next layer's first: it issues attention and gate;
 issues shared experts, and if the layer before had to await nothing, predicts from it and starts prefetches; waits for the
-gate's result, which is no work; decides and starts the first demand; issues the experts and further demands, and if it has to
-await something, predicts and starts prefetches; feeds the link on the way to the next layer (between steps this is not
-counted)."""
+gate's result, which is no work; decides and starts the first demand; issues the experts and further demands, and if it has
+to await something, predicts and starts prefetches; feeds the link before the next layer of the step."""
 
 MARKS = ("attention", "gate", "decide", "wait", "start", "end", "head", "step_end")
 """Places in the compute stream: before attention; after the gate; after the shared experts; before it waits for a transfer;

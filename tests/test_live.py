@@ -21,6 +21,7 @@ from policies.system import AXES, build_system
 from real.device import Device
 from real.generate import main
 from real.identity import failed, small_model
+from real.live.decoder import LiveDecoder
 from real.live.model import load_model, random_model
 from real.live.run import LiveRun
 from real.schedule import HazardError, Schedule
@@ -289,6 +290,36 @@ def test_predictors_see_what_the_recorder_records(olmoe, tmp_path):
             assert experts.tolist() == trace.experts[mine, layer].tolist()
             assert ranked.tolist() == trace.lookahead_experts[mine, layer].tolist()
     assert len(seen) == NEW_TOKENS * len(olmoe.layers)
+
+
+def test_the_link_has_its_demands_before_the_host_waits_for_what_predictors_see(olmoe, monkeypatch):
+    looks = []
+    observe = LiveDecoder.observe
+
+    def watch(decoder, step, layer):
+        found = observe(decoder, step, layer)
+        looks.append((step * len(olmoe.layers) + layer, found, len(runs[0].log)))
+        return found
+
+    monkeypatch.setattr(LiveDecoder, "observe", watch)
+    with LiveRun(
+        olmoe,
+        composition(read_system("next_gate")),
+        16,
+        requests=1,
+        new_tokens=NEW_TOKENS,
+        most_prompt_tokens=11,
+        device=StandIn("lazy"),  # whose compute stream runs a piece whenever the host looks
+    ) as run:
+        runs = [run]
+        run.request(PROMPTS[0][:2])
+        log = list(run.log)
+    for event, found, noted in looks:
+        misses = [key for _, what, key, of in log if (what, of) == ("miss", event)]
+        known = [key for _, what, key, of in log[:noted] if of == event and what in ("load", "prefetch")]
+        assert found or set(misses) <= set(known)
+    assert sum(not found for _, found, _ in looks) >= NEW_TOKENS
+    assert [event for event, found, _ in looks if found] == list(range(NEW_TOKENS * len(olmoe.layers)))
 
 
 @pytest.mark.parametrize("name", options("system"))

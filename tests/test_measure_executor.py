@@ -1,40 +1,40 @@
 """Calibrating the executor: its marks taken apart, and constants that give back the times that they were made from."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import yaml
 from test_hardware import tiny_profile
 
-from real.calibration.measure_executor import CONTEXTS, MODELS, ShapeTimes, _quietest, measure_executor
+from real.calibration.measure_executor import CONTEXTS, MODELS, ShapeTimes, _Parts, _quietest, measure_executor
 from real.calibration.profile import Entry, executor_constants, executor_figures, profile_text
 from real.cells import GRID, decoder_shape
 from real.decoder import ModelShape
+from real.timeline import MARKS
 from sim.config import compose_config
 from sim.costs import make_costs
 from sim.hardware import make_hardware, model_spec
 from traces.errors import InputError
 
-MARK = 2.0
-
 
 def shape_times(**changes):
     """Gate to residents 20 us, to the first copy 50; one expert 15 us and 5 from its landing on, eight together 48."""
-    span = lambda *ns: [each + MARK for each in ns]  # noqa: E731
     found = {
-        "attention": {128: span(75_000, 75_000, 90_000), 4096: span(91_000)},
-        "shared": span(0),
-        "attention_beside": span(83_000),
-        "groups": {1: span(15_000), 8: span(48_000)},
-        "group_beside": span(27_000),
-        "step": span(125_000),
+        "attention": {128: [75_000.0, 75_000.0, 90_000.0], 4096: [91_000.0]},
+        "shared": [0.0],
+        "attention_beside": [83_000.0],
+        "groups": {1: [15_000.0], 8: [48_000.0]},
+        "group_beside": [27_000.0],
+        "step": [125_000.0],
         "copy_first": [240_000.0],
         "copy_behind": [232_000.0],
         "gate_issue": [4000.0, 5000.0, 9000.0],
-        "gate_to_residents": span(20_000),
-        "gate_to_copy": span(50_000),
+        "gate_to_residents": [20_000.0],
+        "gate_to_copy": [50_000.0],
         "landing_to_experts": [5000.0],
         "ahead": [600.0],
         "step_issue": [10_000.0],
-        "mark": [MARK],
     }
     return ShapeTimes(**{**found, **changes})
 
@@ -59,7 +59,7 @@ def test_the_host_s_times_are_told_apart():
 
 
 def test_a_decision_that_shared_experts_hide_says_nothing_about_the_read_out():
-    shared = shape_times(shared=[30_000.0], gate_to_residents=[MARK])
+    shared = shape_times(shared=[30_000.0], gate_to_residents=[0.0])
     assert values({"a": shape_times(), "b": shared})["host.readout_ns"] == 20_000
     assert values({"b": shared})["host.readout_ns"] == 50_000  # nothing better is known
 
@@ -80,8 +80,6 @@ def test_the_profile_holds_the_models_and_costs_are_theirs():
     hardware = make_hardware({**profile, "models": written["models"]})
     sizes = {"name": "tiny", "layers": 2, "experts": 8, "top_k": 8, "hidden_size": 4, "expert_width": 8}
     model = model_spec({**sizes, "other_bytes": 100, "kv_bytes_per_token": 4, "expert_bytes": {"bf16": 192}})
-    import numpy as np
-
     costs = make_costs(hardware, model, np.array([1, 1]), np.array([100, 4096]))
     assert costs.attention_ns.tolist() == [75_000, 91_000]
     assert costs.group_ns + costs.expert_ns[1] == 20_000
@@ -98,6 +96,29 @@ def test_times_of_a_model_that_are_not_whole_are_refused():
 @pytest.mark.parametrize("name", GRID)
 def test_measured_decoders_are_those_of_the_models(name):
     assert MODELS[name] == decoder_shape(model_spec(compose_config("simulate", [f"model={name}"])["model"]))
+
+
+def test_spans_are_taken_with_their_gaps_so_that_they_add_up_to_a_step():
+    """Two steps of two layers without shared experts: attention 75 (behind the embedding 82), decide 7, experts 48, head 115."""
+    kinds = [(0, "attention", 82), (0, "gate", 1), (0, "decide", 7), (0, "start", 48), (0, "end", 1)]
+    kinds += [(1, "attention", 75), (1, "gate", 1), (1, "decide", 7), (1, "start", 48), (1, "end", 1)]
+    kinds += [(1, "head", 115), (1, "step_end", 14)]
+    starts = np.cumsum([0, *(span for _, _, span in kinds * 2)])
+    marks = [
+        (place // len(kinds), layer, MARKS.index(kind), starts[place]) for place, (layer, kind, _) in enumerate(kinds * 2)
+    ]
+    timeline = SimpleNamespace(
+        layers=2,
+        stamps=np.zeros((2, 2, 6), np.int64),
+        device_marks=lambda: np.array(marks),
+        copy_marks=lambda: np.zeros((0, 5), np.int64),
+    )
+    parts = _Parts(SimpleNamespace(timeline=timeline), SimpleNamespace(warmup=0, steps=2))
+    (attention, _), experts, (end, _) = parts.inner_attention, parts.spans("start"), parts.steps_ends
+    assert parts.until_experts("gate") == [8] * 4
+    assert parts.until_experts("decide") == [7] * 4
+    assert (attention, experts, end) == (76, [48] * 4, 116 + 7)
+    assert 2 * (attention + 8 + 48) + end == sum(span for _, _, span in kinds) - 14 + 1  # the first layer has no gap before
 
 
 def test_of_every_quantity_its_own_quietest_round_counts():

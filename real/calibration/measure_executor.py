@@ -60,7 +60,7 @@ class ShapeTimes(NamedTuple):
     """Samples of one shape at batch 1, ns."""
 
     attention: dict[int, Samples]
-    """Attention and gate of a layer, by length of the KV cache."""
+    """From the end of a layer's experts to that of the next one's attention and gate, by length of the KV cache."""
     shared: Samples
     """Its shared experts; all 0 where it has none."""
     attention_beside: Samples
@@ -78,7 +78,7 @@ class ShapeTimes(NamedTuple):
     gate_issue: Samples
     """The host issues attention and gate of a layer."""
     gate_to_residents: Samples
-    """From a gate's end until the experts start, all of them resident."""
+    """From the end of a gate, and of shared experts if there are any, until the experts start, all of them resident."""
     gate_to_copy: Samples
     """From a gate's end until the first copy of what is missing starts."""
     landing_to_experts: Samples
@@ -176,7 +176,7 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
                 "copy_first": missing.copies(first=True),
                 "copy_behind": missing.copies(first=False),
                 "gate_issue": resident.gate_issue,
-                "gate_to_residents": resident.spans("decide"),
+                "gate_to_residents": resident.until_experts("decide" if shape.shared_width else "gate"),
                 "gate_to_copy": missing.gate_to_copy,
                 "landing_to_experts": missing.landing_to_experts,
                 "ahead": [(each - float(np.median(resident.look_ahead))) / _AHEAD for each in ahead.look_ahead],
@@ -219,15 +219,29 @@ class _Parts:
 
     @property
     def inner_attention(self) -> Samples:
-        """Return attention and gate of all layers but a step's first, before which the embedding comes."""
-        return _floats(self._span[(self._kind == MARKS.index("attention")) & (self._layer > 0)])
+        """Return attention and gate of all layers but a step's first, from the end of the experts before on."""
+        return self._since_experts(self._attention(inner=True))
 
     @property
     def steps_ends(self) -> Samples:
         """Return head and embedding together, one per step."""
-        first = self._span[(self._kind == MARKS.index("attention")) & (self._layer == 0)]
-        embedding = np.median(first) - np.median(self.inner_attention)
-        return [span + max(0.0, float(embedding)) for span in self.spans("head")]
+        first, others = (self._span[self._attention(inner=inner)] for inner in (False, True))
+        embedding = max(0.0, float(np.median(first) - np.median(others)))
+        return [span + embedding for span in self._since_experts(self._kind == MARKS.index("head"))]
+
+    def until_experts(self, kind: str) -> Samples:
+        """Return the time from each mark of `kind` to the start of the experts, where there is one of both an event."""
+        begins, starts = (self.marks[self.marks[:, 2] == MARKS.index(name), 3] for name in (kind, "start"))
+        return _floats(starts - begins)
+
+    def _attention(self, *, inner: bool) -> Any:
+        """Return which spans are attention and gate of a step's first layer, behind the embedding, or the others."""
+        return (self._kind == MARKS.index("attention")) & ((self._layer > 0) == inner)
+
+    def _since_experts(self, chosen: Any) -> Samples:
+        """Return the spans that are `chosen`, each with the gap before it, in which the experts' end and its start lie."""
+        places = np.flatnonzero(chosen)
+        return _floats(self._span[places] + self._span[places - 1])
 
     @property
     def last_groups(self) -> Samples:

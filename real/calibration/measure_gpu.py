@@ -50,7 +50,7 @@ class GpuTimes(NamedTuple):
     """Samples of one GPU."""
 
     h2d: dict[int, dict[int, Samples]]
-    """Trains of copies host to device, by bytes of one copy and count of copies; issued one by one from Python."""
+    """Trains of copies host to device, by bytes of one copy and count of copies, all submitted before the first starts."""
     d2h: dict[int, Samples]
     """One copy device to host, by bytes."""
     experts: dict[str, tuple[int, int, Samples]]
@@ -228,7 +228,7 @@ class _Link:
     def train(self, size: int, count: int, repeats: int) -> Samples:
         """Time `count` copies in a row."""
         with torch.cuda.stream(self.stream):
-            return timed(_times(count, partial(self.copy, size)), repeats if size < 1 << 26 else 2)
+            return timed(_times(count, partial(self.copy, size)), repeats if size < 1 << 26 else 2, queued=True)
 
 
 def _times(count: int, work: Callable[[], Any]) -> Callable[[], None]:

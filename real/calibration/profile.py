@@ -154,7 +154,7 @@ def gpu_constants(times: GpuTimes) -> dict[str, Entry]:
         "link.h2d": Entry(
             rising({size: found.median for size, found in isolated.items()}),
             "[bytes, ns]",
-            "isolated copies from registered memory, issued from Python, by events, median of "
+            "isolated copies from registered memory, submitted before they start, by events, median of "
             f"{_counts(isolated.values())}, the quietest of 3 rounds",
             [_pair(found) for _, found in sorted(isolated.items())],
         ),
@@ -185,9 +185,10 @@ def gpu_constants(times: GpuTimes) -> dict[str, Entry]:
 def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
     """Return the constants of the executor's own kernels and host thread, by name; none where no shape was measured.
 
-    Device spans stand as they are between their marks: a mark between two launches costs a step 0.1 to 0.4 microseconds, as
-    it fits into a gap that is there without it. Of a group of n experts n times `expert_ns` and `group_ns` are made so that
-    one that was waited for, and all of a token's that were there, take what they took.
+    Device spans stand as they are between their marks, gaps and all, so that they add up to a step: a mark costs a step 0.1
+    to 0.4 microseconds, as it fits into a gap between launches that is there without it. Of a group of n experts n times
+    `expert_ns` and `group_ns` are made so that one that was waited for, and all of a token's that were there, take what
+    they took.
     """
     if not shapes:
         return {}
@@ -203,11 +204,9 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
             f"models.{name}.attention": Entry(
                 rising(alone),
                 "[tokens, ns]",
-                f"attention and gate of a layer {by}, by length of the KV cache",
+                f"attention and gate of a layer, from the end of the experts before, {by}, by length of the KV cache",
             ),
-            f"models.{name}.shared_ns": Entry(
-                round(summary(times.shared).median), "ns", f"shared experts of a layer {by}"
-            ),
+            f"models.{name}.shared_ns": Entry(round(summary(times.shared).median), "ns", f"shared experts of a layer {by}"),
             f"models.{name}.group_ns": Entry(
                 round(max(0.0, waited - expert_ns)), "ns", f"one routed expert, from its landing on, {by}, less expert_ns"
             ),

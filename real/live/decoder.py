@@ -73,6 +73,8 @@ class LiveDecoder:
         self.count = 0
         self._routed: list[int] = []
         self._small = False
+        self._router_inputs: dict[int, tuple[Any, Any]] = {}
+        """By layer what its router was given and its logits, until its experts are called."""
         self._held: list[tuple[Any, Any, Any]] = [(None, None, None)] * self.layers
         """By layer of the pass that ran or was captured last: hidden states [n, H], weights [n, K], outputs [n * K, H]."""
         self._listed, self._listed_event = 0, -1
@@ -124,6 +126,7 @@ class LiveDecoder:
                 (h, w),
                 self.experts,
             )
+            self._publish_for_predictors(layer)
             return
         absent = (ids >= self.experts) | (ids < 0)
         order = weights.float().masked_fill(absent, -float("inf")).argsort(dim=-1, descending=True, stable=True)
@@ -132,6 +135,7 @@ class LiveDecoder:
         if "weights" in self.needs:
             self.readout.publish("weights", ordered)
         self.readout.publish("ids", ids.masked_fill(absent, -1).gather(1, order))
+        self._publish_for_predictors(layer)
 
     def leave(self, layer: int, hidden: Any) -> Any:
         """Return the weighted sum of the experts' outputs, in shape and type of the hidden states."""
@@ -183,14 +187,19 @@ class LiveDecoder:
         """Leave shared experts to the model, whose forward has them where it likes."""
 
     def expected(self, step: int, layer: int) -> Expected:
-        """Say which words come: all that policies need, the routed ids last."""
-        return self.readout.expected(self.count * self.top_k)
+        """Say which words hold the routed ids; what predictors see comes behind them, as the link need not wait for it."""
+        return self.readout.expected("ids")
 
     def routed(self, step: int, layer: int, ids: list[int]) -> None:
-        """Take note of the routed ids, token by token in descending weight, and of all else that policies need."""
+        """Take note of the routed ids, token by token in descending weight."""
         self._routed = ids
-        if self._predicts:
-            self._observe(layer)
+
+    def observe(self, step: int, layer: int) -> bool:
+        """Write what was read into the rows that predictors see; return False while it is not all there."""
+        if not self.readout.complete():
+            return False
+        self._observe(layer)
+        return True
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts that `slots` names, by key."""
@@ -217,17 +226,17 @@ class LiveDecoder:
     # ---- events ----------------------------------------------------------------------------------------------
 
     def _begin_event(self, layer: int, count: int) -> None:
-        """Say what the host will be told of the event; may be called twice, by the router's hook and the experts."""
+        """Say what the host will be told of the event."""
         self.count = count
         self._small = self._kernels and count <= GRAPH_TOKENS
-        sizes: dict[str, int] = {}
-        for ahead in range(min(self.depth, self.layers - 1 - layer)):
-            sizes |= {f"ranked {ahead}": count * self.ranks, f"scores {ahead}": count * self.ranks}
-        if "logits" in self.needs:
-            sizes["logits"] = count * self.experts
+        sizes = {"ids": count * self.top_k}
         if "weights" in self.needs:
             sizes["weights"] = count * self.top_k
-        self.readout.expect(self.event, sizes | {"ids": count * self.top_k})
+        if "logits" in self.needs:
+            sizes["logits"] = count * self.experts
+        for ahead in range(min(self.depth, self.layers - 1 - layer)):
+            sizes |= {f"ranked {ahead}": count * self.ranks, f"scores {ahead}": count * self.ranks}
+        self.readout.expect(self.event, sizes)
 
     def _observed(self, rows: int) -> Observed:
         layers, k, ranks, needs = self.layers, self.top_k, self.ranks, self.needs
@@ -245,7 +254,6 @@ class LiveDecoder:
         )
 
     def _observe(self, layer: int) -> None:
-        """Write what was read into the rows that predictors see."""
         count, readout, observed = self.count, self.readout, self.observed
         observed.experts[:count, layer] = readout.whole("ids").reshape(count, -1)
         observed.request[:count] = self.request
@@ -260,23 +268,25 @@ class LiveDecoder:
     # ---- routers ---------------------------------------------------------------------------------------------
 
     def _on_router(self, index: int) -> Callable[..., None]:
-        assert self._routers is not None
-        routers = self._routers
-
         def hook(module: Any, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            logits = logits_in(output, self.experts)
-            assert logits is not None  # the probe saw them
-            self._begin_event(index, len(logits))
-            for ahead in range(min(self.depth, self.layers - 1 - index)):
-                target = index + ahead + 1
-                choice = choose(routers[target].module, self._calls[target], args[0], self.experts)
-                assert choice is not None
-                self._publish_ranking(ahead, choice, are_logits=routers[0].selects_by_logits)
-            if "logits" in self.needs:
-                found = logarithm(logits) if routers[index].returns_probabilities else logits
-                self.readout.publish("logits", found)
+            self._router_inputs[index] = args[0], logits_in(output, self.experts)
 
         return hook
+
+    def _publish_for_predictors(self, layer: int) -> None:
+        """Submit all that predictors see of a layer besides what it chose."""
+        if self._routers is None:
+            return
+        routers = self._routers
+        given, logits = self._router_inputs.pop(layer)
+        if "logits" in self.needs:
+            assert logits is not None  # the probe saw them
+            self.readout.publish("logits", logarithm(logits) if routers[layer].returns_probabilities else logits)
+        for ahead in range(min(self.depth, self.layers - 1 - layer)):
+            target = layer + ahead + 1
+            choice = choose(routers[target].module, self._calls[target], given, self.experts)
+            assert choice is not None
+            self._publish_ranking(ahead, choice, are_logits=routers[0].selects_by_logits)
 
     def _publish_ranking(self, ahead: int, choice: Choice, *, are_logits: bool) -> None:
         """Let the host know how a router ranks experts; shares are as precise as in a trace."""

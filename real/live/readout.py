@@ -65,9 +65,14 @@ class Readout:
         """All words, and how to read them."""
         return Words(self._numbers, 32, 0)
 
-    def expected(self, count: int) -> Expected:
-        """Say which words come with the event; the last `count` are what experts the router chose."""
-        return Expected(0, self._end, count, self._tag)
+    def expected(self, name: str) -> Expected:
+        """Say which words hold what experts the router chose: those of `name`."""
+        start, stop = self._places[name]
+        return Expected(start, stop - start, stop - start, self._tag)
+
+    def complete(self) -> bool:
+        """Whether all words of the event are there."""
+        return bool((self._numbers[: self._end] >> 32 == self._tag).all())
 
     def whole(self, name: str) -> Any:
         """Return whole numbers of the event, int32."""
