@@ -206,8 +206,11 @@ class ReplayDecoder:
         """Take note of the routed ids."""
         self._routed = ids
 
-    def observe(self, step: int, layer: int) -> bool:
+    def foresee(self, step: int, layer: int) -> None:
         """Do nothing: predictors see what was recorded."""
+
+    def observe(self, step: int, layer: int) -> bool:
+        """Say that it is there."""
         return True
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:

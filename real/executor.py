@@ -50,8 +50,11 @@ class Decoder(Protocol):
     def routed(self, step: int, layer: int, ids: list[int]) -> None:
         """Take note of the routed ids of all tokens in a row (-1: none), which are in host memory now."""
 
+    def foresee(self, step: int, layer: int) -> None:
+        """Submit the writing of what predictors see of the layer, besides the routed ids, into host memory."""
+
     def observe(self, step: int, layer: int) -> bool:
-        """Take note of what predictors see besides the routed ids; return False while that is not all in host memory."""
+        """Take note of what the last `foresee` was for; return False while that is not all in host memory."""
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts of a layer that `slots` names, by key: those tokens that routed to them."""
@@ -258,7 +261,7 @@ class Executor:
             self._let_device_go_on(step, layer, rounds)
 
     def _await_observed(self, step: int, layer: int) -> None:
-        """Wait until what predictors see of the running event is in host memory; the link has its demands meanwhile."""
+        """Wait until what predictors see of the last event is in host memory; the link has its demands meanwhile."""
         rounds = 0
         while not self.decoder.observe(step, layer):
             rounds += 1
@@ -315,7 +318,8 @@ class Executor:
         self.union = union = self.turn.union
         present, awaited, absent = self._split(union)
         arriving: dict[int, Transfer] = {}
-        if sent or not (awaited or absent):  # the link is busy, or has nothing to do
+        link_can_wait = bool(sent or self.link.in_flight or not (awaited or absent))  # it is busy, or has nothing to do
+        if link_can_wait:
             self.timeline.decided()
             self._compute(step, layer, present)
         self._count(step, union, present, awaited, absent)
@@ -329,12 +333,12 @@ class Executor:
         first = min(len(absent), slots - len(present) - len(awaited))
         arriving |= self._begin_wave(present + awaited + absent[:first], awaited, absent[len(arriving) : first])
         # The link has its first demand; now the compute stream, then all that takes less time than they are busy for.
-        if not sent and (awaited or absent):
+        if not link_can_wait:
             self.timeline.decided()
             self._compute(step, layer, present)
-        self.link.send_demands()
         if self.depth:
-            self._await_observed(step, layer)
+            self.decoder.foresee(step, layer)
+        self.link.send_demands()
         self.due = (step, layer)
         if awaited or absent or not self._drives:
             self._predict_what_is_due()
@@ -507,6 +511,7 @@ class Executor:
             return
         (step, layer), self.due = self.due, None
         if self.depth:
+            self._await_observed(step, layer)
             for key, target in self.decisions.look_ahead(step, layer, self.now):
                 self.transfers[key] = transfer = Transfer(key, target)
                 self.link.prefetch.append(transfer)

@@ -49,6 +49,9 @@ class Lookers:
     def routed(self, step, layer, ids):
         assert len(ids) == self.count
 
+    def foresee(self, step, layer):
+        pass
+
     def observe(self, step, layer):
         return True
 

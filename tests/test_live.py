@@ -264,17 +264,26 @@ def test_decisions_are_the_simulators_on_the_models_recording(olmoe, tmp_path, s
     assert any(what == "evict" for what, *_ in decisions(live))
 
 
-def test_predictors_see_what_the_recorder_records(olmoe, tmp_path):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_predictors_see_what_the_recorder_records(olmoe, tmp_path, graphs):
     prompts = [Prompt("prompt", None, tuple(PROMPTS[0]))]
     trace = record(
         tiny_model("olmoe"),
         prompts,
         tmp_path / "trace.safetensors",
-        RecordOptions(new_tokens=NEW_TOKENS - 1, stop_at_end=False, lookahead=1),
+        RecordOptions(new_tokens=NEW_TOKENS - 1, stop_at_end=False, lookahead=2),
     )
     seen = []
     with LiveRun(
-        olmoe, composition(read_system("next_gate")), 16, requests=1, new_tokens=NEW_TOKENS, most_prompt_tokens=11
+        olmoe,
+        composition(read_system("next_gate", ["prefetch.depth=2"])),
+        16,
+        requests=1,
+        new_tokens=NEW_TOKENS,
+        most_prompt_tokens=11,
+        graphs=graphs,
+        recorder=Recorder() if graphs else None,
+        device=StandIn("eager") if graphs else StandIn("random", seed=3),
     ) as run:
         look_ahead = run.executor.decisions.look_ahead
 

@@ -24,6 +24,7 @@ def shape_times(**changes):
         "attention": {128: [75_000.0, 75_000.0, 90_000.0], 4096: [91_000.0]},
         "shared": [0.0],
         "attention_beside": [83_000.0],
+        "gap": [1000.0],
         "groups": {1: [15_000.0], 8: [48_000.0]},
         "group_beside": [27_000.0],
         "step": [125_000.0],
@@ -47,8 +48,8 @@ def test_one_expert_that_was_waited_for_and_all_that_were_there_take_what_they_t
     found = values({"m": shape_times()})
     assert found["models.m.expert_ns"] + found["models.m.group_ns"] == 15_000 + 5000
     assert 8 * found["models.m.expert_ns"] + found["models.m.group_ns"] == 48_000
-    assert found["models.m.attention"] == [(128, 75_000), (4096, 91_000)]
-    assert (found["models.m.shared_ns"], found["models.m.step_ns"]) == (0, 125_000)
+    assert found["models.m.attention"] == [(128, 76_000), (4096, 92_000)]
+    assert (found["models.m.shared_ns"], found["models.m.step_ns"]) == (0, 126_000)
 
 
 def test_the_host_s_times_are_told_apart():
@@ -81,9 +82,9 @@ def test_the_profile_holds_the_models_and_costs_are_theirs():
     sizes = {"name": "tiny", "layers": 2, "experts": 8, "top_k": 8, "hidden_size": 4, "expert_width": 8}
     model = model_spec({**sizes, "other_bytes": 100, "kv_bytes_per_token": 4, "expert_bytes": {"bf16": 192}})
     costs = make_costs(hardware, model, np.array([1, 1]), np.array([100, 4096]))
-    assert costs.attention_ns.tolist() == [75_000, 91_000]
+    assert costs.attention_ns.tolist() == [76_000, 92_000]
     assert costs.group_ns + costs.expert_ns[1] == 20_000
-    assert costs.step_ns.tolist() == [125_000] * 2
+    assert costs.step_ns.tolist() == [126_000] * 2
     assert (costs.host_demand_ns, costs.beside_ns, costs.committed_chunks) == (30_000, 10_000, 1)
 
 
@@ -99,7 +100,7 @@ def test_measured_decoders_are_those_of_the_models(name):
 
 
 def test_spans_are_taken_with_their_gaps_so_that_they_add_up_to_a_step():
-    """Two steps of two layers without shared experts: attention 75 (behind the embedding 82), decide 7, experts 48, head 115."""
+    """Two steps of two layers, none shared: attention 75 (behind the embedding 82), decide 7, experts 48, head 115."""
     kinds = [(0, "attention", 82), (0, "gate", 1), (0, "decide", 7), (0, "start", 48), (0, "end", 1)]
     kinds += [(1, "attention", 75), (1, "gate", 1), (1, "decide", 7), (1, "start", 48), (1, "end", 1)]
     kinds += [(1, "head", 115), (1, "step_end", 14)]
@@ -114,11 +115,16 @@ def test_spans_are_taken_with_their_gaps_so_that_they_add_up_to_a_step():
         copy_marks=lambda: np.zeros((0, 5), np.int64),
     )
     parts = _Parts(SimpleNamespace(timeline=timeline), SimpleNamespace(warmup=0, steps=2))
-    (attention, _), experts, (end, _) = parts.inner_attention, parts.spans("start"), parts.steps_ends
+    (attention, _), gap, experts, (end, _) = (
+        parts.inner_attention,
+        parts.spans("end"),
+        parts.spans("start"),
+        parts.steps_ends,
+    )
     assert parts.until_experts("gate") == [8] * 4
     assert parts.until_experts("decide") == [7] * 4
-    assert (attention, experts, end) == (76, [48] * 4, 116 + 7)
-    assert 2 * (attention + 8 + 48) + end == sum(span for _, _, span in kinds) - 14 + 1  # the first layer has no gap before
+    assert (attention, gap, experts, end) == (75, [1] * 4, [48] * 4, 115 + 7)
+    assert 2 * (attention + 8 + 48) + 2 * gap[0] + end == sum(span for _, _, span in kinds) - 14
 
 
 def test_of_every_quantity_its_own_quietest_round_counts():

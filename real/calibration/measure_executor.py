@@ -60,11 +60,13 @@ class ShapeTimes(NamedTuple):
     """Samples of one shape at batch 1, ns."""
 
     attention: dict[int, Samples]
-    """From the end of a layer's experts to that of the next one's attention and gate, by length of the KV cache."""
+    """Attention and gate of a layer, by length of the KV cache."""
     shared: Samples
     """Its shared experts; all 0 where it has none."""
     attention_beside: Samples
     """The same at the shortest length while the link is busy."""
+    gap: Samples
+    """From the end of a layer's experts to the start of what follows, which the host has issued before."""
     groups: dict[int, Samples]
     """A group of routed experts, by how many."""
     group_beside: Samples
@@ -170,6 +172,7 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
                 "attention": {short: resident.inner_attention},
                 "shared": [span * bool(shape.shared_width) for span in resident.spans("gate")],
                 "attention_beside": prefetched.inner_attention,
+                "gap": resident.spans("end"),
                 "groups": {1: missing.last_groups, shape.top_k: resident.spans("start")},
                 "group_beside": missing.other_groups,
                 "step": resident.steps_ends,
@@ -219,15 +222,14 @@ class _Parts:
 
     @property
     def inner_attention(self) -> Samples:
-        """Return attention and gate of all layers but a step's first, from the end of the experts before on."""
-        return self._since_experts(self._attention(inner=True))
+        """Return attention and gate of all layers but a step's first, before which the embedding comes."""
+        return _floats(self._span[self._attention(inner=True)])
 
     @property
     def steps_ends(self) -> Samples:
         """Return head and embedding together, one per step."""
-        first, others = (self._span[self._attention(inner=inner)] for inner in (False, True))
-        embedding = max(0.0, float(np.median(first) - np.median(others)))
-        return [span + embedding for span in self._since_experts(self._kind == MARKS.index("head"))]
+        embedding = np.median(self._span[self._attention(inner=False)]) - np.median(self.inner_attention)
+        return [span + max(0.0, float(embedding)) for span in self.spans("head")]
 
     def until_experts(self, kind: str) -> Samples:
         """Return the time from each mark of `kind` to the start of the experts, where there is one of both an event."""
@@ -237,11 +239,6 @@ class _Parts:
     def _attention(self, *, inner: bool) -> Any:
         """Return which spans are attention and gate of a step's first layer, behind the embedding, or the others."""
         return (self._kind == MARKS.index("attention")) & ((self._layer > 0) == inner)
-
-    def _since_experts(self, chosen: Any) -> Samples:
-        """Return the spans that are `chosen`, each with the gap before it, in which the experts' end and its start lie."""
-        places = np.flatnonzero(chosen)
-        return _floats(self._span[places] + self._span[places - 1])
 
     @property
     def last_groups(self) -> Samples:

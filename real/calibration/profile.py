@@ -195,6 +195,7 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     beside, readouts, residents, ahead = [], [], [], []
     for name, times in shapes.items():
+        gap = summary(times.gap).median
         alone = {length: summary(samples).median for length, samples in times.attention.items()}
         (_, one), (top_k, all_of_them) = ((count, summary(samples).median) for count, samples in times.groups.items())
         waited = one + summary(times.landing_to_experts).median
@@ -202,7 +203,7 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
         by = f"in the executor's own graphs, median of {len(times.attention_beside)}, the quietest of 3 rounds"
         entries |= {
             f"models.{name}.attention": Entry(
-                rising(alone),
+                rising({length: gap + time for length, time in alone.items()}),
                 "[tokens, ns]",
                 f"attention and gate of a layer, from the end of the experts before, {by}, by length of the KV cache",
             ),
@@ -214,7 +215,7 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
                 round(expert_ns), "ns", f"what each of {top_k} experts adds to a group {by}, from one that was waited for"
             ),
             f"models.{name}.step_ns": Entry(
-                round(summary(times.step).median), "ns", f"embedding, last norm, head and argmax {by}"
+                round(gap + summary(times.step).median), "ns", f"embedding, last norm, head and argmax {by}"
             ),
         }
         beside += [

@@ -52,11 +52,16 @@ class LiveDecoder:
             self._size_out, width = self._output
         self._width = width
         self.depth = depth if "lookahead" in needs else 0
-        self._predicts = depth > 0
         self.ranks = min(2 * self.top_k, self.experts)
         self._kernels = self._use_kernels(where)
-        per_token = 2 * self.top_k + 2 * self.depth * self.ranks + ("logits" in needs) * self.experts
-        self.readout = Readout(most_tokens * per_token, device, where, kernels=self._kernels)
+        turn = torch.zeros(1, dtype=torch.int32, device=where)
+        self.readout = Readout(2 * most_tokens * self.top_k, turn, device, where, kernels=self._kernels)
+        """What the host decides by: weights and ids."""
+        per_token = 2 * self.depth * self.ranks + ("logits" in needs) * self.experts
+        self._seen = Readout(most_tokens * per_token, turn, device, where, kernels=self._kernels)
+        """What predictors see besides, of the event whose `foresee` was the last."""
+        self._foreseen = (0, 0)
+        """That event's layer and tokens."""
         self.words = self.readout.format
         self.observed = self._observed(most_tokens)
         """Rows of the running pass, for predictors."""
@@ -70,6 +75,8 @@ class LiveDecoder:
         """Whose tokens are running."""
         self._segments: Sequence[Any] = ()
         """While a captured pass is replayed: what runs before each layer's experts, and after the last."""
+        self._sights: Mapping[int, Any] = {}
+        """While one is: by layer what publishes what predictors see of it, where there is such."""
         self.count = 0
         self._routed: list[int] = []
         self._small = False
@@ -126,7 +133,6 @@ class LiveDecoder:
                 (h, w),
                 self.experts,
             )
-            self._publish_for_predictors(layer)
             return
         absent = (ids >= self.experts) | (ids < 0)
         order = weights.float().masked_fill(absent, -float("inf")).argsort(dim=-1, descending=True, stable=True)
@@ -135,7 +141,6 @@ class LiveDecoder:
         if "weights" in self.needs:
             self.readout.publish("weights", ordered)
         self.readout.publish("ids", ids.masked_fill(absent, -1).gather(1, order))
-        self._publish_for_predictors(layer)
 
     def leave(self, layer: int, hidden: Any) -> Any:
         """Return the weighted sum of the experts' outputs, in shape and type of the hidden states."""
@@ -162,9 +167,9 @@ class LiveDecoder:
         """Return what a captured pass reads and writes, for `replay`."""
         return self._held
 
-    def replay(self, segments: Sequence[Any], held: Sequence[Any]) -> None:
-        """Let `route` and `end_step` replay a captured pass from now on; with no segments, no more."""
-        self._segments = segments
+    def replay(self, segments: Sequence[Any], sights: Mapping[int, Any], held: Sequence[Any]) -> None:
+        """Let `route`, `foresee` and `end_step` replay a captured pass from now on; with no segments, no more."""
+        self._segments, self._sights = segments, sights
         self._held = list(held) or [(None, None, None)] * self.layers
 
     def forget(self) -> None:
@@ -187,18 +192,32 @@ class LiveDecoder:
         """Leave shared experts to the model, whose forward has them where it likes."""
 
     def expected(self, step: int, layer: int) -> Expected:
-        """Say which words hold the routed ids; what predictors see comes behind them, as the link need not wait for it."""
-        return self.readout.expected("ids")
+        """Say which words come, the routed ids last."""
+        return self.readout.expected(self.count * self.top_k)
 
     def routed(self, step: int, layer: int, ids: list[int]) -> None:
         """Take note of the routed ids, token by token in descending weight."""
         self._routed = ids
+        if "weights" in self.needs:
+            count = self.count
+            self.observed.weights[:count, layer] = self.readout.fractions("weights").reshape(count, -1)
+
+    def foresee(self, step: int, layer: int) -> None:
+        """Let the host know what predictors see; nobody waits for it before the link has its demands."""
+        self._foreseen = layer, self.count
+        self.observed.experts[: self.count, layer] = np.reshape(self._routed, (self.count, -1))
+        if self._segments:
+            self._expect_sight()
+            if layer in self._sights:
+                self._sights[layer].replay()
+        else:
+            self.publish_sight(layer)
 
     def observe(self, step: int, layer: int) -> bool:
         """Write what was read into the rows that predictors see; return False while it is not all there."""
-        if not self.readout.complete():
+        if not self._seen.complete():
             return False
-        self._observe(layer)
+        self._observe()
         return True
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
@@ -229,14 +248,8 @@ class LiveDecoder:
         """Say what the host will be told of the event."""
         self.count = count
         self._small = self._kernels and count <= GRAPH_TOKENS
-        sizes = {"ids": count * self.top_k}
-        if "weights" in self.needs:
-            sizes["weights"] = count * self.top_k
-        if "logits" in self.needs:
-            sizes["logits"] = count * self.experts
-        for ahead in range(min(self.depth, self.layers - 1 - layer)):
-            sizes |= {f"ranked {ahead}": count * self.ranks, f"scores {ahead}": count * self.ranks}
-        self.readout.expect(self.event, sizes)
+        names = ("weights", "ids") if "weights" in self.needs else ("ids",)
+        self.readout.expect(self.event, dict.fromkeys(names, count * self.top_k))
 
     def _observed(self, rows: int) -> Observed:
         layers, k, ranks, needs = self.layers, self.top_k, self.ranks, self.needs
@@ -253,17 +266,23 @@ class LiveDecoder:
             router_logits=numbers("logits" in needs, self.experts),
         )
 
-    def _observe(self, layer: int) -> None:
-        count, readout, observed = self.count, self.readout, self.observed
-        observed.experts[:count, layer] = readout.whole("ids").reshape(count, -1)
-        observed.request[:count] = self.request
-        if "weights" in self.needs:
-            observed.weights[:count, layer] = readout.fractions("weights").reshape(count, -1)
-        for ahead in range(min(self.depth, self.layers - 1 - layer)):
-            observed.lookahead_experts[:count, layer, ahead] = readout.whole(f"ranked {ahead}").reshape(count, -1)
-            observed.lookahead_scores[:count, layer, ahead] = readout.fractions(f"scores {ahead}").reshape(count, -1)
+    def _expect_sight(self) -> None:
+        layer, count = self._foreseen
+        sizes: dict[str, int] = {}
         if "logits" in self.needs:
-            observed.router_logits[:count, layer] = readout.fractions("logits").reshape(count, -1)
+            sizes["logits"] = count * self.experts
+        for ahead in range(min(self.depth, self.layers - 1 - layer)):
+            sizes |= {f"ranked {ahead}": count * self.ranks, f"scores {ahead}": count * self.ranks}
+        self._seen.expect(self.event, sizes)
+
+    def _observe(self) -> None:
+        (layer, count), seen, observed = self._foreseen, self._seen, self.observed
+        observed.request[:count] = self.request
+        for ahead in range(min(self.depth, self.layers - 1 - layer)):
+            observed.lookahead_experts[:count, layer, ahead] = seen.whole(f"ranked {ahead}").reshape(count, -1)
+            observed.lookahead_scores[:count, layer, ahead] = seen.fractions(f"scores {ahead}").reshape(count, -1)
+        if "logits" in self.needs:
+            observed.router_logits[:count, layer] = seen.fractions("logits").reshape(count, -1)
 
     # ---- routers ---------------------------------------------------------------------------------------------
 
@@ -273,15 +292,21 @@ class LiveDecoder:
 
         return hook
 
-    def _publish_for_predictors(self, layer: int) -> None:
-        """Submit all that predictors see of a layer besides what it chose."""
+    def has_sight(self, layer: int) -> bool:
+        """Whether predictors see more of a layer than what it chose."""
+        return "logits" in self.needs or min(self.depth, self.layers - 1 - layer) > 0
+
+    def publish_sight(self, layer: int) -> None:
+        """Submit all that predictors see of the layer that was entered last, besides what it chose."""
+        self._foreseen = layer, self.count
+        self._expect_sight()
         if self._routers is None:
             return
         routers = self._routers
         given, logits = self._router_inputs.pop(layer)
         if "logits" in self.needs:
             assert logits is not None  # the probe saw them
-            self.readout.publish("logits", logarithm(logits) if routers[layer].returns_probabilities else logits)
+            self._seen.publish("logits", logarithm(logits) if routers[layer].returns_probabilities else logits)
         for ahead in range(min(self.depth, self.layers - 1 - layer)):
             target = layer + ahead + 1
             choice = choose(routers[target].module, self._calls[target], given, self.experts)
@@ -290,17 +315,17 @@ class LiveDecoder:
 
     def _publish_ranking(self, ahead: int, choice: Choice, *, are_logits: bool) -> None:
         """Let the host know how a router ranks experts; shares are as precise as in a trace."""
-        readout = self.readout
+        seen = self._seen
         if self._kernels and choice.ids is not None:
             from real import kernels
 
-            words = readout.words(f"ranked {ahead}"), readout.words(f"scores {ahead}")
+            words = seen.words(f"ranked {ahead}"), seen.words(f"scores {ahead}")
             scores, ids = choice.scores.contiguous(), choice.ids.contiguous()
-            kernels.publish_ranking(scores, ids, readout.turn, words, self.ranks, are_logits=are_logits)
+            kernels.publish_ranking(scores, ids, seen.turn, words, self.ranks, are_logits=are_logits)
             return
         ids, shares = rank(choice.scores, choice.ids, self.ranks, are_logits=are_logits)
-        readout.publish(f"ranked {ahead}", ids)
-        readout.publish(f"scores {ahead}", shares.to(torch.float16))
+        seen.publish(f"ranked {ahead}", ids)
+        seen.publish(f"scores {ahead}", shares.to(torch.float16))
 
     def _router_calls(self) -> list[RouterCall]:
         """Return what every router is called with besides the gate input. Raises InputError where that is the pass's own."""

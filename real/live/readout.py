@@ -17,14 +17,16 @@ _LOWER = 0xFFFFFFFF
 
 
 class Readout:
-    """Room for `words` numbers of one event at a time, written by Triton kernels if `kernels` says so, else by torch."""
+    """Room for `words` numbers of one event at a time, written by Triton kernels if `kernels` says so, else by torch.
 
-    def __init__(self, words: int, device: Device, where: str, *, kernels: bool) -> None:
+    `turn` [1] on the device is the count of events that were computed.
+    """
+
+    def __init__(self, words: int, turn: torch.Tensor, device: Device, where: str, *, kernels: bool) -> None:
         self._device, self._kernels = device, kernels
         self._tensor = torch.zeros(words, dtype=torch.int64, pin_memory=where != "cpu")
         self._numbers = self._tensor.numpy()
-        self.turn = torch.zeros(1, dtype=torch.int32, device=where)
-        """[1] on the device: events that were computed."""
+        self.turn = turn
         self._tag = 0
         """What the words of the running event carry."""
         self._places: dict[str, tuple[int, int]] = {}
@@ -65,10 +67,9 @@ class Readout:
         """All words, and how to read them."""
         return Words(self._numbers, 32, 0)
 
-    def expected(self, name: str) -> Expected:
-        """Say which words hold what experts the router chose: those of `name`."""
-        start, stop = self._places[name]
-        return Expected(start, stop - start, stop - start, self._tag)
+    def expected(self, count: int) -> Expected:
+        """Say which words come with the event; the last `count` are what experts the router chose."""
+        return Expected(0, self._end, count, self._tag)
 
     def complete(self) -> bool:
         """Whether all words of the event are there."""

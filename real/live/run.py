@@ -129,8 +129,10 @@ class LiveRun:
         self._decoded: list[slice] = []
         """By request that began, its decode steps."""
         self._step = 0
-        self._captured: list[Any] | None = None
+        self._captured: tuple[list[Any], dict[int, Any]] | None = None
+        """While a pass is being captured: its segments, and by layer what publishes what predictors see of it."""
         self._segments: list[Any] = []
+        self._sights: dict[int, Any] = {}
         self._cache: Any = None
         accepted = inspect.signature(model.model.forward).parameters
         self._arguments: dict[str, Any] = {"use_cache": True}
@@ -252,9 +254,9 @@ class LiveRun:
             except (RuntimeError, InputError) as error:
                 self._give_graphs_up(str(error).splitlines()[0])
         if self._segments:
-            self.decoder.replay(self._segments, self._held)
+            self.decoder.replay(self._segments, self._sights, self._held)
             self.executor.run(steps)
-            self.decoder.replay((), ())
+            self.decoder.replay((), {}, ())
         else:
             for step in steps:
                 self._eager(step, self._decode)
@@ -292,8 +294,11 @@ class LiveRun:
         decoder = self.decoder
         decoder.enter(layer, hidden, ids, weights)
         if self._captured is not None:
-            self._captured.append(self._recorder.end())
-            self._recorder.begin()
+            segments, sights = self._captured
+            segments.append(self._cut())
+            if decoder.has_sight(layer):
+                decoder.publish_sight(layer)
+                sights[layer] = self._cut()
             return decoder.leave(layer, hidden)
         self.executor.serve(self._step, layer)
         output = decoder.leave(layer, hidden)
@@ -322,6 +327,12 @@ class LiveRun:
             self._cache.reset()
         return self._cache
 
+    def _cut(self) -> Any:
+        """Return what was recorded so far, and begin to record what follows."""
+        recorded = self._recorder.end()
+        self._recorder.begin()
+        return recorded
+
     def _capture(self) -> None:
         """Record one decode pass, cut at every call of the experts; nothing of it runs."""
         if self._recorder is None:
@@ -331,7 +342,8 @@ class LiveRun:
         self.executor.finish()
         event = self.decoder.event
         segments: list[Any] = []
-        self._captured = segments
+        sights: dict[int, Any] = {}
+        self._captured = segments, sights
         self._recorder.begin()
         try:
             self._decode()
@@ -343,7 +355,7 @@ class LiveRun:
         finally:
             self._captured = None
             self.decoder.event = event
-        self._segments, self._held = segments, self.decoder.held()
+        self._segments, self._sights, self._held = segments, sights, self.decoder.held()
 
     def _give_graphs_up(self, reason: str) -> None:
         self.graphs = False
@@ -392,6 +404,7 @@ class LiveRun:
                     "executor",
                     "_cache",
                     "_segments",
+                    "_sights",
                     "_held",
                     "_ids",
                     "_chosen",
