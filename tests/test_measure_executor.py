@@ -134,6 +134,7 @@ def test_of_every_quantity_its_own_quietest_round_counts():
     assert _quietest(rounds) == {1: other, 8: other}
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_the_runs_give_samples_of_everything_on_a_cpu_too():
     steps = 2
     shape = ModelShape(4, 8, 2, 16, 8, 8, 1, 32)
