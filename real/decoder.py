@@ -206,10 +206,10 @@ class ReplayDecoder:
         """Take note of the routed ids."""
         self._routed = ids
 
-    def foresee(self, step: int, layer: int) -> None:
+    def publish_sight(self, step: int, layer: int) -> None:
         """Do nothing: predictors see what was recorded."""
 
-    def observe(self, step: int, layer: int) -> bool:
+    def read_sight(self, step: int, layer: int) -> bool:
         """Say that it is there."""
         return True
 

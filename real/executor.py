@@ -30,7 +30,7 @@ SILENT_S = 20.0
 
 
 class Decoder(Protocol):
-    """What computes. `begin_step`, `route`, `shared`, `compute` and `end_step` only submit work to the compute stream."""
+    """What computes. `begin_step`, `route`, `shared`, `compute`, `publish_sight` and `end_step` only submit work."""
 
     words: Words
     """Where gates write what they chose."""
@@ -50,11 +50,11 @@ class Decoder(Protocol):
     def routed(self, step: int, layer: int, ids: list[int]) -> None:
         """Take note of the routed ids of all tokens in a row (-1: none), which are in host memory now."""
 
-    def foresee(self, step: int, layer: int) -> None:
+    def publish_sight(self, step: int, layer: int) -> None:
         """Submit the writing of what predictors see of the layer, besides the routed ids, into host memory."""
 
-    def observe(self, step: int, layer: int) -> bool:
-        """Take note of what the last `foresee` was for; return False while that is not all in host memory."""
+    def read_sight(self, step: int, layer: int) -> bool:
+        """Let predictors see what the last `publish_sight` was for; return False while it is not all in host memory."""
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts of a layer that `slots` names, by key: those tokens that routed to them."""
@@ -258,21 +258,21 @@ class Executor:
             if (ended := self._take_turn(pool, looks)) != NOT_YET:
                 return ended
             rounds += 1
-            self._let_device_go_on(step, layer, rounds)
+            self._look_again("the gate", step, layer, rounds)
 
-    def _await_observed(self, step: int, layer: int) -> None:
+    def _await_sight(self, step: int, layer: int) -> None:
         """Wait until what predictors see of the last event is in host memory; the link has its demands meanwhile."""
         rounds = 0
-        while not self.decoder.observe(step, layer):
+        while not self.decoder.read_sight(step, layer):
             rounds += 1
-            self._let_device_go_on(step, layer, rounds)
+            self._look_again("what predictors see", step, layer, rounds)
 
-    def _let_device_go_on(self, step: int, layer: int, rounds: int) -> None:
-        """Let the device work between two of many looks. Raises InputError where it has been silent for too long."""
+    def _look_again(self, what: str, step: int, layer: int, rounds: int) -> None:
+        """Let the device work before the next look. Raises InputError where it has been silent for too long."""
         self.device.idle()
         if rounds % 1024 == 0 and time.perf_counter_ns() - self.timeline.issued_ns > SILENT_S * 1e9:
             raise InputError(
-                f"the gate of layer {layer} in step {step} gave no result within {SILENT_S:.0f} s: the device is lost"
+                f"{what} of layer {layer} in step {step} did not come within {SILENT_S:.0f} s: the device is lost"
             )
 
     def _take_turn(self, pool: int, looks: int) -> int:
@@ -336,9 +336,9 @@ class Executor:
         if not link_can_wait:
             self.timeline.decided()
             self._compute(step, layer, present)
-        if self.depth:
-            self.decoder.foresee(step, layer)
         self.link.send_demands()
+        if self.depth:
+            self.decoder.publish_sight(step, layer)
         self.due = (step, layer)
         if awaited or absent or not self._drives:
             self._predict_what_is_due()
@@ -511,7 +511,7 @@ class Executor:
             return
         (step, layer), self.due = self.due, None
         if self.depth:
-            self._await_observed(step, layer)
+            self._await_sight(step, layer)
             for key, target in self.decisions.look_ahead(step, layer, self.now):
                 self.transfers[key] = transfer = Transfer(key, target)
                 self.link.prefetch.append(transfer)

@@ -18,13 +18,15 @@ from real.device import COMPUTE, COPY, Device
 
 STAMPS = ("begin", "gate_issued", "looked_ahead", "routed", "decided", "experts_issued")
 """Host stamps of every (step, layer): it begins to issue attention and gate; has issued them; has issued shared experts and
-predicted what was still to be predicted; knows the routed experts; has decided and fed the link; has issued the experts."""
+predicted what was still to be predicted; knows the routed experts; has decided, and unless the link is busy anyway started
+the first demand; has issued the experts."""
 
 HOST_PARTS = ("issue_gate", "look_ahead", "await_gate", "decide_and_feed", "issue_experts", "between_layers")
 """What the host thread does in a layer, from stamp to stamp and on to the next layer's first: it issues attention and gate;
 issues shared experts, and if the layer before had to await nothing, predicts from it and starts prefetches; waits for the
-gate's result, which is no work; decides and starts the first demand; issues the experts and further demands, and if it has
-to await something, predicts and starts prefetches; feeds the link before the next layer of the step."""
+gate's result, which is no work; decides, and unless the link is busy anyway starts the first demand; issues the experts and
+further demands, and if it has to await something, predicts and starts prefetches; feeds the link before the next layer of
+the step. Whatever predicts in live mode waits for what the predictor sees, which comes behind the residents' experts."""
 
 MARKS = ("attention", "gate", "decide", "wait", "start", "end", "head", "step_end")
 """Places in the compute stream: before attention; after the gate; after the shared experts; before it waits for a transfer;
@@ -114,7 +116,7 @@ class Timeline:
         self._stamps.append(ns)
 
     def decided(self) -> None:
-        """The policies have decided and the link is fed."""
+        """The policies have decided, and the link is busy or has nothing to do."""
         self._stamps.append(time.perf_counter_ns())
 
     def experts_issued(self) -> None:

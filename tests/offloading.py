@@ -49,10 +49,10 @@ class Lookers:
     def routed(self, step, layer, ids):
         assert len(ids) == self.count
 
-    def foresee(self, step, layer):
+    def publish_sight(self, step, layer):
         pass
 
-    def observe(self, step, layer):
+    def read_sight(self, step, layer):
         return True
 
     def tag(self, step, layer):

@@ -11,10 +11,11 @@ from test_turn import Raises
 from policies.residency import ContractError
 from policies.system import Composition
 from real.device import COMPUTE, COPY, Device
+from real.executor import Executor
 from real.pump import Pump, Transfer
 from real.schedule import HazardError, Schedule, SlotRead, SlotWrite
 from real.standin import PACES, StandIn
-from real.turn import Turn
+from real.turn import Expected, Turn
 from sim.conformance import build, costs_for, small_trace
 from sim.fast.run import PolicyRaised
 from sim.reference import run_reference
@@ -156,6 +157,64 @@ def test_where_all_is_there_the_next_gate_is_submitted_before_prefetches_and_els
         *("route (0, 1)", "route (0, 2)", "copy"),
         *("route (1, 0)", "route (1, 1)", "route (1, 2)"),
     ]
+
+
+@pytest.fixture
+def of_last_step(monkeypatch):
+    """What the executor itself submits in the second step: groups of experts, and demands in pieces."""
+    found = []
+    compute, copy = Lookers.compute, Executor._copy
+
+    def watch(executor, transfer, start, stop):
+        if executor.now >= 2 and transfer.demand:
+            found.append(f"load {transfer.key}")
+        copy(executor, transfer, start, stop)
+
+    def computed(lookers, step, layer, slots):
+        if step == 1:
+            found.append(f"compute {sorted(slots)}")
+        compute(lookers, step, layer, slots)
+
+    monkeypatch.setattr(Executor, "_copy", watch)
+    monkeypatch.setattr(Lookers, "compute", computed)
+    return found
+
+
+ONE_OF_TWO_STAYS = [[[0, 1], [0, 1]], [[0, 2], [0, 3]]]
+
+
+def test_residents_are_submitted_before_demands_while_the_link_is_busy(of_last_step):
+    """A prefetch is half sent, the rest of it becomes a demand: it stands behind the first half anyway."""
+    tried = composition(predictor="oracle", prefetch="top_n")
+    workload = make_workload(make_trace(ONE_OF_TWO_STAYS))
+    offload(tried, workload, 8, pace="eager", copies="lazy", chunk=EXPERT_BYTES // 2, window=1)
+    assert of_last_step == ["compute [0]", "load 2", "compute [2]", "compute [4]", "load 7", "compute [7]"]
+
+
+def test_a_demand_is_given_to_an_idle_link_before_residents_are_submitted(of_last_step):
+    """Where the turn may not start it, since renewals are queued."""
+    offload(composition(reupload=True), make_workload(make_trace(ONE_OF_TWO_STAYS)), 8, pace="eager")
+    assert of_last_step == ["load 2", "compute [0]", "compute [2]", "load 7", "compute [4]", "compute [7]"]
+
+
+@pytest.mark.parametrize(
+    ("silent", "sentence"),
+    [
+        ("gate", "the gate of layer 0 in step 0 did not come within 0 s: the device is lost"),
+        ("sight", "what predictors see of layer 0 in step 0 did not come within 0 s: the device is lost"),
+    ],
+)
+def test_a_device_that_is_silent_for_too_long_is_lost(monkeypatch, silent, sentence):
+    monkeypatch.setattr("real.executor.SILENT_S", 0.0)
+    monkeypatch.setattr(StandIn, "idle", lambda device: None)
+    if silent == "gate":
+        monkeypatch.setattr(Lookers, "route", lambda lookers, step, layer: None)
+        monkeypatch.setattr(Lookers, "expected", lambda lookers, step, layer: Expected(0, 2, 2, 1))
+    else:
+        monkeypatch.setattr(Lookers, "read_sight", lambda lookers, step, layer: False)
+    tried = composition(predictor="oracle", prefetch="top_n")
+    with pytest.raises(InputError, match=sentence):
+        offload(tried, make_workload(make_trace(ONE_OF_TWO_STAYS)), 8, pace="eager")
 
 
 # ---- what the turn starts itself ---------------------------------------------------------------------------------

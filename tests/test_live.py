@@ -6,7 +6,10 @@ import gc
 import json
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the real backend needs torch (the extra `real`)")
@@ -17,7 +20,9 @@ from tiny_models import tiny_model
 
 import real.identity
 import real.live.decoder
-from policies.system import AXES, build_system
+from policies.contract import needs
+from policies.predictor.cross_layer_gate import CrossLayerGate
+from policies.system import AXES, build_system, find_part
 from real.device import Device
 from real.generate import main
 from real.identity import failed, small_model
@@ -264,53 +269,114 @@ def test_decisions_are_the_simulators_on_the_models_recording(olmoe, tmp_path, s
     assert any(what == "evict" for what, *_ in decisions(live))
 
 
+@needs("weights", "logits", "lookahead")
+class SeesEverything(CrossLayerGate):
+    """Predicts as the cross-layer gate does, and declares all that can be seen."""
+
+
+class Patient(StandIn):
+    """Lets the host look as often as it likes."""
+
+    def idle(self):
+        pass
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "deepseek_v2"])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_predictors_see_what_the_recorder_records(olmoe, tmp_path, graphs):
-    prompts = [Prompt("prompt", None, tuple(PROMPTS[0]))]
-    trace = record(
-        tiny_model("olmoe"),
-        prompts,
-        tmp_path / "trace.safetensors",
-        RecordOptions(new_tokens=NEW_TOKENS - 1, stop_at_end=False, lookahead=2),
-    )
-    seen = []
+def test_predictors_see_what_the_recorder_records(architecture, graphs, tmp_path, monkeypatch):
+    """However late it comes: twice the host looks in vain."""
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "model")
+    options = RecordOptions(new_tokens=NEW_TOKENS - 1, stop_at_end=False, lookahead=2, router_logits="float32")
+    trace = record(model, [Prompt("prompt", None, tuple(PROMPTS[0]))], tmp_path / "trace.safetensors", options)
+    system = composition(read_system("next_gate", ["prefetch.depth=2"]))
+    sees = find_part("predictor", {"_target_": f"{__name__}.SeesEverything"}, also_from=(__name__,))
+    seen, looks, read_sight = [], Counter(), LiveDecoder.read_sight
+
+    def late(decoder, step, layer):
+        looks[step, layer] += 1
+        return looks[step, layer] > 2 and read_sight(decoder, step, layer)
+
+    monkeypatch.setattr(LiveDecoder, "read_sight", late)
+    live = load_model(str(tmp_path / "model"), "cpu")
     with LiveRun(
-        olmoe,
-        composition(read_system("next_gate", ["prefetch.depth=2"])),
+        live,
+        replace(system, parts={**system.parts, "predictor": sees}),
         16,
-        requests=1,
+        requests=2,
         new_tokens=NEW_TOKENS,
         most_prompt_tokens=11,
         graphs=graphs,
         recorder=Recorder() if graphs else None,
-        device=StandIn("eager") if graphs else StandIn("random", seed=3),
+        device=Patient("eager"),
     ) as run:
         look_ahead = run.executor.decisions.look_ahead
 
         def watch(step, layer, now):
-            rows, observed = slice(0, run.decoder.count), run.decoder.observed
-            seen.append((step, layer, *(array[rows, layer].copy() for array in observed[:4:3]), observed[4][rows, layer]))
+            seen.append((step, layer, [rows[: run.decoder.count].copy() for rows in run.decoder.observed]))
             return look_ahead(step, layer, now)
 
         run.executor.decisions.look_ahead = watch
+        tokens = [run.request(PROMPTS[0]).tokens for _ in range(2)]
+        assert run.graphs == graphs
+        assert run.decoder._router_inputs == {}
+    live.close()
+    assert tokens[0] == tokens[1]
+    layers = trace.model.layers
+    assert [where[:2] for where in seen] == [(step, layer) for step in range(2 * NEW_TOKENS) for layer in range(layers)]
+    assert set(looks.values()) == {3}
+    for step, layer, observed in seen:
+        mine = trace.step == step % NEW_TOKENS
+        assert observed[2].tolist() == [step // NEW_TOKENS] * mine.sum()
+        for place, recorded in (
+            (0, trace.experts),
+            (1, trace.weights),
+            (3, trace.lookahead_experts),
+            (4, trace.lookahead_scores),
+            (5, trace.router_logits),
+        ):
+            shown = observed[place][:, layer]
+            if place == 4:
+                shown = np.maximum(shown, 0)  # beyond the last layer
+            np.testing.assert_allclose(shown, recorded[mine, layer].astype(shown.dtype), rtol=2e-3, atol=2e-3)
+
+
+def test_a_system_that_looks_nowhere_keeps_nothing_of_the_routers(olmoe):
+    with LiveRun(
+        olmoe,
+        composition(read_system("next_gate", ["prefetch.depth=0"])),
+        16,
+        requests=1,
+        new_tokens=NEW_TOKENS,
+        most_prompt_tokens=11,
+    ) as run:
         run.request(PROMPTS[0])
-        for step, layer, experts, ranked, _ in seen:
-            mine = trace.step == step
-            assert experts.tolist() == trace.experts[mine, layer].tolist()
-            assert ranked.tolist() == trace.lookahead_experts[mine, layer].tolist()
-    assert len(seen) == NEW_TOKENS * len(olmoe.layers)
+        assert run.decoder._router_inputs == {}
+
+
+def test_experts_that_are_called_without_their_router_are_refused(olmoe, monkeypatch):
+    monkeypatch.setattr(LiveDecoder, "_on_router", lambda decoder, index: lambda *what: None)
+    with pytest.raises(InputError, match=r"layers.0.mlp.experts were called without its router, so nobody knows"):
+        generate(olmoe, "next_gate", 16)
 
 
 def test_the_link_has_its_demands_before_the_host_waits_for_what_predictors_see(olmoe, monkeypatch):
-    looks = []
-    observe = LiveDecoder.observe
+    looks, waiting = [], []
+    read_sight = LiveDecoder.read_sight
 
     def watch(decoder, step, layer):
-        found = observe(decoder, step, layer)
+        found = read_sight(decoder, step, layer)
         looks.append((step * len(olmoe.layers) + layer, found, len(runs[0].log)))
         return found
 
-    monkeypatch.setattr(LiveDecoder, "observe", watch)
+    publish_sight = LiveDecoder.publish_sight
+
+    def published(decoder, step, layer):
+        waiting.append(len(runs[0].executor.link.demand))
+        publish_sight(decoder, step, layer)
+
+    monkeypatch.setattr(LiveDecoder, "read_sight", watch)
+    monkeypatch.setattr(LiveDecoder, "publish_sight", published)
     with LiveRun(
         olmoe,
         composition(read_system("next_gate")),
@@ -322,6 +388,7 @@ def test_the_link_has_its_demands_before_the_host_waits_for_what_predictors_see(
     ) as run:
         runs = [run]
         run.request(PROMPTS[0][:2])
+        assert set(waiting) == {0}
         log = list(run.log)
     for event, found, noted in looks:
         misses = [key for _, what, key, of in log if (what, of) == ("miss", event)]

@@ -7,11 +7,20 @@ import pytest
 import yaml
 from test_hardware import tiny_profile
 
-from real.calibration.measure_executor import CONTEXTS, MODELS, ShapeTimes, _Parts, _quietest, measure_executor
+from real.calibration.measure_executor import (
+    CONTEXTS,
+    MODELS,
+    ShapeTimes,
+    _as_fits,
+    _Parts,
+    _quietest,
+    _samples,
+    measure_executor,
+)
 from real.calibration.profile import Entry, executor_constants, executor_figures, profile_text
 from real.cells import GRID, decoder_shape
 from real.decoder import ModelShape
-from real.timeline import MARKS
+from real.timeline import MARKS, STAMPS
 from sim.config import compose_config
 from sim.costs import make_costs
 from sim.hardware import make_hardware, model_spec
@@ -99,32 +108,45 @@ def test_measured_decoders_are_those_of_the_models(name):
     assert MODELS[name] == decoder_shape(model_spec(compose_config("simulate", [f"model={name}"])["model"]))
 
 
-def test_spans_are_taken_with_their_gaps_so_that_they_add_up_to_a_step():
-    """Two steps of two layers, none shared: attention 75 (behind the embedding 82), decide 7, experts 48, head 115."""
-    kinds = [(0, "attention", 82), (0, "gate", 1), (0, "decide", 7), (0, "start", 48), (0, "end", 1)]
-    kinds += [(1, "attention", 75), (1, "gate", 1), (1, "decide", 7), (1, "start", 48), (1, "end", 1)]
-    kinds += [(1, "head", 115), (1, "step_end", 14)]
+def parts_of(*kinds, stamps=None):
+    """Two steps of two layers: `kinds` are (layer, kind of mark, ns until the next) of one of them."""
     starts = np.cumsum([0, *(span for _, _, span in kinds * 2)])
     marks = [
         (place // len(kinds), layer, MARKS.index(kind), starts[place]) for place, (layer, kind, _) in enumerate(kinds * 2)
     ]
     timeline = SimpleNamespace(
         layers=2,
-        stamps=np.zeros((2, 2, 6), np.int64),
+        stamps=np.zeros((2, 2, len(STAMPS)), np.int64) if stamps is None else stamps,
         device_marks=lambda: np.array(marks),
         copy_marks=lambda: np.zeros((0, 5), np.int64),
     )
-    parts = _Parts(SimpleNamespace(timeline=timeline), SimpleNamespace(warmup=0, steps=2))
-    (attention, _), gap, experts, (end, _) = (
-        parts.inner_attention,
-        parts.spans("end"),
-        parts.spans("start"),
-        parts.steps_ends,
-    )
-    assert parts.until_experts("gate") == [8] * 4
-    assert parts.until_experts("decide") == [7] * 4
-    assert (attention, gap, experts, end) == (75, [1] * 4, [48] * 4, 115 + 7)
-    assert 2 * (attention + 8 + 48) + 2 * gap[0] + end == sum(span for _, _, span in kinds) - 14
+    return _Parts(SimpleNamespace(timeline=timeline), SimpleNamespace(warmup=0, steps=2))
+
+
+@pytest.mark.parametrize("shared_width", [0, 8])
+def test_spans_are_taken_with_their_gaps_so_that_they_add_up_to_a_step(shared_width):
+    """Attention 75 (behind the embedding 82), after a gate 30 (shared experts or a gap), decide 7, experts 48, head 115."""
+    layers = [
+        [(n, "attention", 82 - 7 * n), (n, "gate", 30), (n, "decide", 7), (n, "start", 48), (n, "end", 3)] for n in (0, 1)
+    ]
+    kinds = (*layers[0], *layers[1], (1, "head", 115), (1, "step_end", 3))
+    stamps = np.zeros((2, 2, len(STAMPS)), np.int64)
+    stamps[..., STAMPS.index("gate_issued") :] += 4
+    stamps[..., STAMPS.index("looked_ahead") :] += 2
+    ahead = parts_of(*kinds, stamps=stamps + np.array([0, 0, 64, 64, 64, 64]))
+    missing = SimpleNamespace(**{name: [1.0] for name in ("last_groups", "other_groups")}, copies=lambda first: [1.0])
+    missing.gate_to_copy, missing.landing_to_experts = [9.0], [4.0]
+    prefetched = SimpleNamespace(inner_attention=[80.0])
+    shape = ModelShape(2, 8, 8, 16, 8, shared_width, 1, 32)
+    samples = _samples(shape, parts_of(*kinds, stamps=stamps), missing, prefetched, ahead)
+    assert (samples["gate_issue"], samples["ahead"], samples["attention_beside"]) == ([4] * 4, [8] * 4, [80])
+    costs = values({"m": ShapeTimes(**samples)})
+    attention, group = costs["models.m.attention"][0][1], costs["models.m.group_ns"] + 8 * costs["models.m.expert_ns"]
+    decided = costs["models.m.shared_ns"] if shared_width else 30
+    layer = attention + decided + 7 + group
+    assert 2 * layer + costs["models.m.step_ns"] == sum(span for _, _, span in kinds)
+    known = costs["host.readout_ns"] + costs["host.expert_issue_ns"]
+    assert known == (9 if shared_width else 37)
 
 
 def test_of_every_quantity_its_own_quietest_round_counts():
@@ -134,10 +156,16 @@ def test_of_every_quantity_its_own_quietest_round_counts():
     assert _quietest(rounds) == {1: other, 8: other}
 
 
+@pytest.mark.parametrize(("free", "layers"), [(1 << 40, 16), (4 << 30, 10), (1 << 20, 2)])
+def test_the_measured_decoder_has_the_models_layers_as_far_as_memory_goes(monkeypatch, free, layers):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, free))
+    assert _as_fits(MODELS["olmoe_1b_7b"], "cuda") == MODELS["olmoe_1b_7b"]._replace(layers=layers, experts=16)
+
+
 @pytest.mark.usefixtures("little_garbage")
 def test_the_runs_give_samples_of_everything_on_a_cpu_too():
     steps = 2
-    shape = ModelShape(4, 8, 2, 16, 8, 8, 1, 32)
+    shape = ModelShape(2, 8, 2, 16, 8, 8, 1, 32)
     found = measure_executor({"tiny": shape}, lambda what: None, where="cpu", steps=steps)["tiny"]
     events = steps * shape.layers  # of the quietest round
     assert sorted(found.attention) == list(CONTEXTS)

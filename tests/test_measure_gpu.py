@@ -114,6 +114,16 @@ def test_everything_is_measured_once_and_nothing_stays_registered(stand_in):
     assert all(len(times) == 2 for times in samples)
 
 
+def test_copies_are_submitted_while_the_stream_is_busy(stand_in, monkeypatch):
+    """Or the host's calls would count."""
+    order = []
+    monkeypatch.setattr(measure_gpu.torch.cuda, "_sleep", lambda cycles: order.append("busy"))
+    link = measure_gpu._Link(torch.zeros(1 << 16, dtype=torch.uint8))
+    monkeypatch.setattr(link, "copy", lambda size: order.append("copy"))
+    assert len(link.train(4096, 2, 1)) == 1
+    assert order == ["busy", "copy", "copy"] * 3
+
+
 def test_memory_is_given_back_when_the_work_fails(stand_in):
     with pytest.raises(RuntimeError, match="a copy engine"), measure_gpu.registered(64):
         raise RuntimeError("a copy engine error")

@@ -116,7 +116,7 @@ def measure_executor(
 
 
 def _as_fits(shape: ModelShape, where: str) -> ModelShape:
-    """Return `shape` with few experts, and as many layers as there is room for; made-up routing needs four to look ahead."""
+    """Return `shape` with few experts, and with as many of its layers as there is room for, but at least two."""
     experts = max(EXPERTS, 2 * shape.top_k)
     room = MOST_BYTES if where == "cpu" else min(MOST_BYTES, torch.cuda.mem_get_info()[0] // 2)
     return shape._replace(layers=min(shape.layers, max(room // (experts * shape.expert_bytes), 2)), experts=experts)
@@ -131,6 +131,7 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
         requests=1,
         prefill_tokens=1,
         decode_tokens=2 * steps + 16,
+        lookahead_depth=0,
     )
     paths = {}
     for context in CONTEXTS:
@@ -167,31 +168,34 @@ def _measure(model: Model, stem: Path, steps: int) -> ShapeTimes:
         missing = run("all missing", short, _WAITS, shape.top_k)
         prefetched = run("prefetched late", short, _PREFETCHES, 3 * shape.top_k)
         ahead = run("all resident, looking ahead", short, _LOOKS_AHEAD, everything, preload=True)
-        rounds.append(
-            {
-                "attention": {short: resident.inner_attention},
-                "shared": [span * bool(shape.shared_width) for span in resident.spans("gate")],
-                "attention_beside": prefetched.inner_attention,
-                "gap": resident.spans("end"),
-                "groups": {1: missing.last_groups, shape.top_k: resident.spans("start")},
-                "group_beside": missing.other_groups,
-                "step": resident.steps_ends,
-                "copy_first": missing.copies(first=True),
-                "copy_behind": missing.copies(first=False),
-                "gate_issue": resident.gate_issue,
-                "gate_to_residents": resident.until_experts("decide" if shape.shared_width else "gate"),
-                "gate_to_copy": missing.gate_to_copy,
-                "landing_to_experts": missing.landing_to_experts,
-                "ahead": [(each - float(np.median(resident.look_ahead))) / _AHEAD for each in ahead.look_ahead],
-                "step_issue": resident.step_issue,
-            }
-        )
+        rounds.append(_samples(shape, resident, missing, prefetched, ahead))
     found = {name: _quietest([each[name] for each in rounds]) for name in rounds[0] if name != "ahead"}
     # Of a difference of two, which noise makes smaller as well as larger, all rounds count.
     found["ahead"] = [sample for each in rounds for sample in each["ahead"]]
     for context in longer:
         found["attention"][context] = run("all resident", context, _WAITS, everything, preload=True).inner_attention
     return ShapeTimes(**found)
+
+
+def _samples(shape: ModelShape, resident: _Parts, missing: _Parts, prefetched: _Parts, ahead: _Parts) -> dict[str, Any]:
+    """Return what one round gave, by the fields of `ShapeTimes`."""
+    return {
+        "attention": {CONTEXTS[0]: resident.inner_attention},
+        "shared": [span * bool(shape.shared_width) for span in resident.spans("gate")],
+        "attention_beside": prefetched.inner_attention,
+        "gap": resident.spans("end"),
+        "groups": {1: missing.last_groups, shape.top_k: resident.spans("start")},
+        "group_beside": missing.other_groups,
+        "step": resident.steps_ends,
+        "copy_first": missing.copies(first=True),
+        "copy_behind": missing.copies(first=False),
+        "gate_issue": resident.gate_issue,
+        "gate_to_residents": resident.until_experts("decide" if shape.shared_width else "gate"),
+        "gate_to_copy": missing.gate_to_copy,
+        "landing_to_experts": missing.landing_to_experts,
+        "ahead": [(each - float(np.median(resident.look_ahead))) / _AHEAD for each in ahead.look_ahead],
+        "step_issue": resident.step_issue,
+    }
 
 
 def _quietest(rounds: list[Any]) -> Any:

@@ -186,9 +186,10 @@ def executor_constants(shapes: Mapping[str, ShapeTimes]) -> dict[str, Entry]:
     """Return the constants of the executor's own kernels and host thread, by name; none where no shape was measured.
 
     Device spans stand as they are between their marks, gaps and all, so that they add up to a step: a mark costs a step 0.1
-    to 0.4 microseconds, as it fits into a gap between launches that is there without it. Of a group of n experts n times
-    `expert_ns` and `group_ns` are made so that one that was waited for, and all of a token's that were there, take what
-    they took.
+    to 0.4 microseconds, as it fits into a gap between launches that is there without it. A step has a gap before each
+    attention and one before its end; that before its first attention is taken to be as long as the others. Of a group of n
+    experts n times `expert_ns` and `group_ns` are made so that one that was waited for, and all of a token's that were
+    there, take what they took.
     """
     if not shapes:
         return {}

@@ -52,15 +52,16 @@ class LiveDecoder:
             self._size_out, width = self._output
         self._width = width
         self.depth = depth if "lookahead" in needs else 0
+        self._predicts = depth > 0
         self.ranks = min(2 * self.top_k, self.experts)
         self._kernels = self._use_kernels(where)
         turn = torch.zeros(1, dtype=torch.int32, device=where)
         self.readout = Readout(2 * most_tokens * self.top_k, turn, device, where, kernels=self._kernels)
         """What the host decides by: weights and ids."""
         per_token = 2 * self.depth * self.ranks + ("logits" in needs) * self.experts
-        self._seen = Readout(most_tokens * per_token, turn, device, where, kernels=self._kernels)
-        """What predictors see besides, of the event whose `foresee` was the last."""
-        self._foreseen = (0, 0)
+        self._sight = Readout(most_tokens * per_token, turn, device, where, kernels=self._kernels)
+        """What predictors see besides, of the event whose `publish_sight` was the last."""
+        self._sight_of = (0, 0)
         """That event's layer and tokens."""
         self.words = self.readout.format
         self.observed = self._observed(most_tokens)
@@ -81,7 +82,7 @@ class LiveDecoder:
         self._routed: list[int] = []
         self._small = False
         self._router_inputs: dict[int, tuple[Any, Any]] = {}
-        """By layer what its router was given and its logits, until its experts are called."""
+        """By layer what its router was given and its logits, until its sight is submitted."""
         self._held: list[tuple[Any, Any, Any]] = [(None, None, None)] * self.layers
         """By layer of the pass that ran or was captured last: hidden states [n, H], weights [n, K], outputs [n * K, H]."""
         self._listed, self._listed_event = 0, -1
@@ -168,12 +169,13 @@ class LiveDecoder:
         return self._held
 
     def replay(self, segments: Sequence[Any], sights: Mapping[int, Any], held: Sequence[Any]) -> None:
-        """Let `route`, `foresee` and `end_step` replay a captured pass from now on; with no segments, no more."""
+        """Let `route`, `publish_sight` and `end_step` replay a captured pass from now on; with no segments, no more."""
         self._segments, self._sights = segments, sights
         self._held = list(held) or [(None, None, None)] * self.layers
 
     def forget(self) -> None:
         """Let go of what a pass left behind."""
+        self._router_inputs.clear()
         self._held = [(None, None, None)] * self.layers
 
     # ---- what the executor calls -----------------------------------------------------------------------------
@@ -202,22 +204,21 @@ class LiveDecoder:
             count = self.count
             self.observed.weights[:count, layer] = self.readout.fractions("weights").reshape(count, -1)
 
-    def foresee(self, step: int, layer: int) -> None:
+    def publish_sight(self, step: int, layer: int) -> None:
         """Let the host know what predictors see; nobody waits for it before the link has its demands."""
-        self._foreseen = layer, self.count
         self.observed.experts[: self.count, layer] = np.reshape(self._routed, (self.count, -1))
-        if self._segments:
-            self._expect_sight()
-            if layer in self._sights:
-                self._sights[layer].replay()
-        else:
-            self.publish_sight(layer)
+        if not self._segments:
+            self.submit_sight(layer)
+            return
+        self._expect_sight(layer)
+        if layer in self._sights:
+            self._sights[layer].replay()
 
-    def observe(self, step: int, layer: int) -> bool:
-        """Write what was read into the rows that predictors see; return False while it is not all there."""
-        if not self._seen.complete():
+    def read_sight(self, step: int, layer: int) -> bool:
+        """Write what came into the rows that predictors see; return False while it is not all there."""
+        if not self._sight.complete():
             return False
-        self._observe()
+        self._note_sight()
         return True
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
@@ -266,17 +267,18 @@ class LiveDecoder:
             router_logits=numbers("logits" in needs, self.experts),
         )
 
-    def _expect_sight(self) -> None:
-        layer, count = self._foreseen
+    def _expect_sight(self, layer: int) -> None:
+        self._sight_of = layer, self.count
+        count = self.count
         sizes: dict[str, int] = {}
         if "logits" in self.needs:
             sizes["logits"] = count * self.experts
         for ahead in range(min(self.depth, self.layers - 1 - layer)):
             sizes |= {f"ranked {ahead}": count * self.ranks, f"scores {ahead}": count * self.ranks}
-        self._seen.expect(self.event, sizes)
+        self._sight.expect(self.event, sizes)
 
-    def _observe(self) -> None:
-        (layer, count), seen, observed = self._foreseen, self._seen, self.observed
+    def _note_sight(self) -> None:
+        (layer, count), seen, observed = self._sight_of, self._sight, self.observed
         observed.request[:count] = self.request
         for ahead in range(min(self.depth, self.layers - 1 - layer)):
             observed.lookahead_experts[:count, layer, ahead] = seen.whole(f"ranked {ahead}").reshape(count, -1)
@@ -288,25 +290,34 @@ class LiveDecoder:
 
     def _on_router(self, index: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            self._router_inputs[index] = args[0], logits_in(output, self.experts)
+            if self.has_sight(index):
+                self._router_inputs[index] = args[0], logits_in(output, self.experts)
 
         return hook
 
     def has_sight(self, layer: int) -> bool:
         """Whether predictors see more of a layer than what it chose."""
-        return "logits" in self.needs or min(self.depth, self.layers - 1 - layer) > 0
+        return self._predicts and ("logits" in self.needs or min(self.depth, self.layers - 1 - layer) > 0)
 
-    def publish_sight(self, layer: int) -> None:
-        """Submit all that predictors see of the layer that was entered last, besides what it chose."""
-        self._foreseen = layer, self.count
-        self._expect_sight()
-        if self._routers is None:
+    def submit_sight(self, layer: int) -> None:
+        """Submit all that predictors see of the layer that was entered last, besides what it chose.
+
+        Raises InputError where its router did not run before its experts, as it did when the model was probed.
+        """
+        self._expect_sight(layer)
+        if not self.has_sight(layer):
             return
+        if layer not in self._router_inputs:
+            raise InputError(
+                f"{self.model.name}: the experts of {self.model.layers[layer].name} were called without its router, so "
+                "nobody knows what predictors see"
+            )
         routers = self._routers
+        assert routers is not None  # something is to be seen of them
         given, logits = self._router_inputs.pop(layer)
         if "logits" in self.needs:
             assert logits is not None  # the probe saw them
-            self._seen.publish("logits", logarithm(logits) if routers[layer].returns_probabilities else logits)
+            self._sight.publish("logits", logarithm(logits) if routers[layer].returns_probabilities else logits)
         for ahead in range(min(self.depth, self.layers - 1 - layer)):
             target = layer + ahead + 1
             choice = choose(routers[target].module, self._calls[target], given, self.experts)
@@ -315,7 +326,7 @@ class LiveDecoder:
 
     def _publish_ranking(self, ahead: int, choice: Choice, *, are_logits: bool) -> None:
         """Let the host know how a router ranks experts; shares are as precise as in a trace."""
-        seen = self._seen
+        seen = self._sight
         if self._kernels and choice.ids is not None:
             from real import kernels
 

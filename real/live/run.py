@@ -297,7 +297,7 @@ class LiveRun:
             segments, sights = self._captured
             segments.append(self._cut())
             if decoder.has_sight(layer):
-                decoder.publish_sight(layer)
+                decoder.submit_sight(layer)
                 sights[layer] = self._cut()
             return decoder.leave(layer, hidden)
         self.executor.serve(self._step, layer)

@@ -16,7 +16,7 @@ from traces.errors import InputError
 _WORK = {
     "issue_gate": (BLUE, "issue attention and gate"),
     "look_ahead": (SKY, "issue shared experts, look ahead"),
-    "decide_and_feed": (ORANGE, "decide, start the first demand"),
+    "decide_and_feed": (ORANGE, "decide, start a demand if the link is idle"),
     "issue_experts": (GREEN, "issue experts, other demands, look ahead"),
     "between_layers": (PURPLE, "between layers"),
 }
