@@ -29,6 +29,7 @@ from real.identity import failed, small_model
 from real.live.decoder import LiveDecoder
 from real.live.model import load_model, random_model
 from real.live.run import LiveRun
+from real.live.sight import Sight
 from real.schedule import HazardError, Schedule
 from real.slab import HostSlab
 from real.standin import StandIn
@@ -313,13 +314,13 @@ def test_predictors_see_what_the_recorder_records(architecture, graphs, tmp_path
         look_ahead = run.executor.decisions.look_ahead
 
         def watch(step, layer, now):
-            seen.append((step, layer, [rows[: run.decoder.count].copy() for rows in run.decoder.observed]))
+            seen.append((step, layer, [rows[: run.decoder.count].copy() for rows in run.decoder.sight.observed]))
             return look_ahead(step, layer, now)
 
         run.executor.decisions.look_ahead = watch
         tokens = [run.request(PROMPTS[0]).tokens for _ in range(2)]
         assert run.graphs == graphs
-        assert run.decoder._router_inputs == {}
+        assert run.decoder.sight._router_inputs == {}
     live.close()
     assert tokens[0] == tokens[1]
     layers = trace.model.layers
@@ -351,11 +352,11 @@ def test_a_system_that_looks_nowhere_keeps_nothing_of_the_routers(olmoe):
         most_prompt_tokens=11,
     ) as run:
         run.request(PROMPTS[0])
-        assert run.decoder._router_inputs == {}
+        assert run.decoder.sight._router_inputs == {}
 
 
 def test_experts_that_are_called_without_their_router_are_refused(olmoe, monkeypatch):
-    monkeypatch.setattr(LiveDecoder, "_on_router", lambda decoder, index: lambda *what: None)
+    monkeypatch.setattr(Sight, "_on_router", lambda sight, index: lambda *what: None)
     with pytest.raises(InputError, match=r"layers.0.mlp.experts were called without its router, so nobody knows"):
         generate(olmoe, "next_gate", 16)
 

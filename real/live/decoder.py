@@ -17,10 +17,9 @@ from real.decoder import GRAPH_TOKENS, RING_ROWS
 from real.device import COMPUTE, Device, Memory
 from real.live.model import LiveModel
 from real.live.readout import Readout
+from real.live.sight import Sight
 from real.turn import Expected
-from sim.fast.observed import Observed
 from traces.errors import InputError
-from traces.recorder.routers import Choice, RouterCall, choose, logarithm, logits_in, rank
 
 
 class LiveDecoder:
@@ -51,25 +50,12 @@ class LiveDecoder:
             self._wide, self._size = self._input
             self._size_out, width = self._output
         self._width = width
-        self.depth = depth if "lookahead" in needs else 0
-        self._predicts = depth > 0
-        self.ranks = min(2 * self.top_k, self.experts)
         self._kernels = self._use_kernels(where)
         turn = torch.zeros(1, dtype=torch.int32, device=where)
         self.readout = Readout(2 * most_tokens * self.top_k, turn, device, where, kernels=self._kernels)
         """What the host decides by: weights and ids."""
-        per_token = 2 * self.depth * self.ranks + ("logits" in needs) * self.experts
-        self._sight = Readout(most_tokens * per_token, turn, device, where, kernels=self._kernels)
-        """What predictors see besides, of the event whose `publish_sight` was the last."""
-        self._sight_of = (0, 0)
-        """That event's layer and tokens."""
+        self.sight = Sight(model, turn, device, most_tokens=most_tokens, needs=needs, depth=depth, kernels=self._kernels)
         self.words = self.readout.format
-        self.observed = self._observed(most_tokens)
-        """Rows of the running pass, for predictors."""
-        self._routers = None
-        self._calls: list[RouterCall] = []
-        if needs & {"lookahead", "logits"}:
-            self._routers = model.probe(routers=True).routers
         self.event = 0
         """The running event, counted from the first that was computed."""
         self.request = 0
@@ -81,25 +67,12 @@ class LiveDecoder:
         self.count = 0
         self._routed: list[int] = []
         self._small = False
-        self._router_inputs: dict[int, tuple[Any, Any]] = {}
-        """By layer what its router was given and its logits, until its sight is submitted."""
         self._held: list[tuple[Any, Any, Any]] = [(None, None, None)] * self.layers
         """By layer of the pass that ran or was captured last: hidden states [n, H], weights [n, K], outputs [n * K, H]."""
         self._listed, self._listed_event = 0, -1
         """Entries of the event that were listed for plain products, and which event that is."""
         if self._kernels:
             self._prepare_kernels(most_tokens)
-
-    def observing(self) -> list[Any]:
-        """Hook the routers where policies need more than ids and weights; return the hooks, to be removed by the caller."""
-        if self._routers is None:
-            return []
-        if self.depth:
-            self._calls = self._router_calls()
-        return [
-            facts.module.register_forward_hook(self._on_router(index), with_kwargs=True)
-            for index, facts in enumerate(self._routers)
-        ]
 
     @property
     def memory(self) -> Memory:
@@ -175,7 +148,7 @@ class LiveDecoder:
 
     def forget(self) -> None:
         """Let go of what a pass left behind."""
-        self._router_inputs.clear()
+        self.sight.forget()
         self._held = [(None, None, None)] * self.layers
 
     # ---- what the executor calls -----------------------------------------------------------------------------
@@ -201,25 +174,20 @@ class LiveDecoder:
         """Take note of the routed ids, token by token in descending weight."""
         self._routed = ids
         if "weights" in self.needs:
-            count = self.count
-            self.observed.weights[:count, layer] = self.readout.fractions("weights").reshape(count, -1)
+            self.sight.note_weights(layer, self.readout.fractions("weights").reshape(self.count, -1))
 
     def publish_sight(self, step: int, layer: int) -> None:
         """Let the host know what predictors see; nobody waits for it before the link has its demands."""
-        self.observed.experts[: self.count, layer] = np.reshape(self._routed, (self.count, -1))
+        self.sight.note_chosen(layer, np.reshape(self._routed, (self.count, -1)), self.request)
+        self.sight.expect(layer, self.event, self.count)
         if not self._segments:
-            self.submit_sight(layer)
-            return
-        self._expect_sight(layer)
-        if layer in self._sights:
+            self.sight.submit()
+        elif layer in self._sights:
             self._sights[layer].replay()
 
     def read_sight(self, step: int, layer: int) -> bool:
         """Write what came into the rows that predictors see; return False while it is not all there."""
-        if not self._sight.complete():
-            return False
-        self._note_sight()
-        return True
+        return self.sight.read()
 
     def compute(self, step: int, layer: int, slots: Mapping[int, int]) -> None:
         """Submit the experts that `slots` names, by key."""
@@ -251,120 +219,6 @@ class LiveDecoder:
         self._small = self._kernels and count <= GRAPH_TOKENS
         names = ("weights", "ids") if "weights" in self.needs else ("ids",)
         self.readout.expect(self.event, dict.fromkeys(names, count * self.top_k))
-
-    def _observed(self, rows: int) -> Observed:
-        layers, k, ranks, needs = self.layers, self.top_k, self.ranks, self.needs
-
-        def numbers(needed: bool, *sizes: int, kind: Any = np.float32) -> Any:
-            return np.full((rows if needed else 0, layers, *(sizes if needed else (0,) * len(sizes))), -1, kind)
-
-        return Observed(
-            experts=numbers(True, k, kind=np.int16),
-            weights=numbers("weights" in needs, k),
-            request=np.zeros(rows, np.int64),
-            lookahead_experts=numbers(self.depth > 0, self.depth, ranks, kind=np.int16),
-            lookahead_scores=numbers(self.depth > 0, self.depth, ranks),
-            router_logits=numbers("logits" in needs, self.experts),
-        )
-
-    def _expect_sight(self, layer: int) -> None:
-        self._sight_of = layer, self.count
-        count = self.count
-        sizes: dict[str, int] = {}
-        if "logits" in self.needs:
-            sizes["logits"] = count * self.experts
-        for ahead in range(min(self.depth, self.layers - 1 - layer)):
-            sizes |= {f"ranked {ahead}": count * self.ranks, f"scores {ahead}": count * self.ranks}
-        self._sight.expect(self.event, sizes)
-
-    def _note_sight(self) -> None:
-        (layer, count), seen, observed = self._sight_of, self._sight, self.observed
-        observed.request[:count] = self.request
-        for ahead in range(min(self.depth, self.layers - 1 - layer)):
-            observed.lookahead_experts[:count, layer, ahead] = seen.whole(f"ranked {ahead}").reshape(count, -1)
-            observed.lookahead_scores[:count, layer, ahead] = seen.fractions(f"scores {ahead}").reshape(count, -1)
-        if "logits" in self.needs:
-            observed.router_logits[:count, layer] = seen.fractions("logits").reshape(count, -1)
-
-    # ---- routers ---------------------------------------------------------------------------------------------
-
-    def _on_router(self, index: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            if self.has_sight(index):
-                self._router_inputs[index] = args[0], logits_in(output, self.experts)
-
-        return hook
-
-    def has_sight(self, layer: int) -> bool:
-        """Whether predictors see more of a layer than what it chose."""
-        return self._predicts and ("logits" in self.needs or min(self.depth, self.layers - 1 - layer) > 0)
-
-    def submit_sight(self, layer: int) -> None:
-        """Submit all that predictors see of the layer that was entered last, besides what it chose.
-
-        Raises InputError where its router did not run before its experts, as it did when the model was probed.
-        """
-        self._expect_sight(layer)
-        if not self.has_sight(layer):
-            return
-        if layer not in self._router_inputs:
-            raise InputError(
-                f"{self.model.name}: the experts of {self.model.layers[layer].name} were called without its router, so "
-                "nobody knows what predictors see"
-            )
-        routers = self._routers
-        assert routers is not None  # something is to be seen of them
-        given, logits = self._router_inputs.pop(layer)
-        if "logits" in self.needs:
-            assert logits is not None  # the probe saw them
-            self._sight.publish("logits", logarithm(logits) if routers[layer].returns_probabilities else logits)
-        for ahead in range(min(self.depth, self.layers - 1 - layer)):
-            target = layer + ahead + 1
-            choice = choose(routers[target].module, self._calls[target], given, self.experts)
-            assert choice is not None
-            self._publish_ranking(ahead, choice, are_logits=routers[0].selects_by_logits)
-
-    def _publish_ranking(self, ahead: int, choice: Choice, *, are_logits: bool) -> None:
-        """Let the host know how a router ranks experts; shares are as precise as in a trace."""
-        seen = self._sight
-        if self._kernels and choice.ids is not None:
-            from real import kernels
-
-            words = seen.words(f"ranked {ahead}"), seen.words(f"scores {ahead}")
-            scores, ids = choice.scores.contiguous(), choice.ids.contiguous()
-            kernels.publish_ranking(scores, ids, seen.turn, words, self.ranks, are_logits=are_logits)
-            return
-        ids, shares = rank(choice.scores, choice.ids, self.ranks, are_logits=are_logits)
-        seen.publish(f"ranked {ahead}", ids)
-        seen.publish(f"scores {ahead}", shares.to(torch.float16))
-
-    def _router_calls(self) -> list[RouterCall]:
-        """Return what every router is called with besides the gate input. Raises InputError where that is the pass's own."""
-        assert self._routers is not None
-        calls: dict[int, RouterCall] = {}
-
-        def keep(index: int) -> Callable[..., None]:
-            return lambda module, args, keywords: calls.update({index: RouterCall(args[0], args[1:], keywords)})
-
-        hooks = [
-            facts.module.register_forward_pre_hook(keep(index), with_kwargs=True)
-            for index, facts in enumerate(self._routers)
-        ]
-        try:
-            with self.model.serving(lambda layer, hidden, ids, weights: torch.zeros_like(hidden)), torch.no_grad():
-                self.model.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.model.where), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        lasting = {id(tensor) for tensor in [*self.model.model.parameters(), *self.model.model.buffers()]}
-        for index, call in calls.items():
-            for value in (*call.extra, *(call.keywords or {}).values()):
-                if isinstance(value, torch.Tensor) and id(value) not in lasting:
-                    raise InputError(
-                        f"{self.model.name}: the router of {self.model.layers[index].name} is given values of the pass "
-                        "itself, so it cannot be asked a layer before; choose a system without the cross-layer gate"
-                    )
-        return [calls[index] for index in range(self.layers)]
 
     # ---- plain products --------------------------------------------------------------------------------------
 

@@ -296,8 +296,9 @@ class LiveRun:
         if self._captured is not None:
             segments, sights = self._captured
             segments.append(self._cut())
-            if decoder.has_sight(layer):
-                decoder.submit_sight(layer)
+            if decoder.sight.reaches(layer):
+                decoder.sight.expect(layer, decoder.event, decoder.count)
+                decoder.sight.submit()
                 sights[layer] = self._cut()
             return decoder.leave(layer, hidden)
         self.executor.serve(self._step, layer)
@@ -393,7 +394,7 @@ class LiveRun:
                 self.executor = self._executor(system, device, expert_bytes)
                 if self._preload:
                     self.executor.preload(range(self._sizes["layers"] * self._sizes["experts"]))
-                hooks = self.decoder.observing()
+                hooks = self.decoder.sight.observing()
                 with self.model.serving(self._serve), undisturbed():
                     yield
             finally:
@@ -424,7 +425,7 @@ class LiveRun:
     def _executor(self, system: System, device: Device, expert_bytes: int) -> Executor:
         shape = Shape(self._requests * self.new_tokens, self._sizes["layers"], self._sizes["experts"])
         return Executor(
-            Decisions(system, self.decoder.observed, lambda step: (0, self.decoder.count), shape.steps * shape.layers),
+            Decisions(system, self.decoder.sight.observed, lambda step: (0, self.decoder.count), shape.steps * shape.layers),
             shape,
             self.decoder,
             device,
