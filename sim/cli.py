@@ -392,13 +392,17 @@ def _generate(words: list[str]) -> int:
 
     if config.get("free_link"):
         raise InputError(f"system '{config['system']['name']}' needs a link that takes no time, which no machine has")
+    where = device_of(config["device"])
+    if where == "cpu" and config["device"] == "auto":
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
+        errors.print("there is no GPU that torch can use: everything runs on the CPU, and the times mean nothing")
     with _Progress("requests", "{done} of {total} requests done") as progress:
         result = generate(
             config["checkpoint"],
             config["prompts"],
             composition_of(config),
             config["budget"],
-            where=device_of(config["device"]),
+            where=where,
             progress=progress,
             **{name: config[name] for name in ("new_tokens", "graphs", "check", "dtype", "seed")},
         )

@@ -557,6 +557,8 @@ def test_the_verb_composes_the_system_and_says_what_is_wrong(tmp_path, capsys, m
     assert foregate([*words, "system=next_gate_lrfu", "check=true", "budget=0.5"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["system"], result["slots"]) == ("next_gate_lrfu", 16)
+    assert foregate([word.replace("device=cpu", "device=auto") for word in words]) == 0
+    assert ("everything runs on the CPU, and the times mean nothing" in capsys.readouterr().err) != torch.cuda.is_available()
     for change, sentence in (
         ("system=belady", "needs to know what the router will choose"),
         ("system=infinite_bandwidth", "needs a link that takes no time"),

@@ -60,7 +60,7 @@ def test_the_table_names_anchors_and_what_it_adds_up_to(folder, tmp_path, capsys
         (["link_gb_per_s=20"], "link_gb_per_s: a run is measured, and simulated, on the link that its machine has"),
         (
             ["runs=tests", "system=lru"],
-            "system=lru: with runs=FOLDER what was run is compared, and system would change nothing",
+            "system=lru: with runs=FOLDER what was run is compared, and this would change nothing",
         ),
         (["runs=tests", "system=winner"], "system=winner: with runs=FOLDER what was run is compared"),
         (["runs=tests", "budget=0.5"], "budget=0.5: with runs=FOLDER what was run is compared"),
@@ -92,11 +92,15 @@ def test_without_gpu_the_committed_measurements_are_compared(monkeypatch, folder
     monkeypatch.setattr(command, "_has_gpu", lambda: False)
     monkeypatch.setattr(command, "GROUND_TRUTH", tmp_path)
     (folder / "summary.json").write_text("{}")
-    assert main(["validate", f"results={tmp_path}", "--json"]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["worst_error"] == 0
     sentence = f"there is no GPU that torch can use: the measurements in {folder} are compared"
-    assert printed.err.splitlines()[0] == sentence
+    for given, in_vain in (
+        ([], ""),
+        (["system=lru", "budget=0.5"], "; nothing was run, so system=lru, budget=0.5 changed nothing"),
+    ):
+        assert main(["validate", f"results={tmp_path}", "--json", *given]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["worst_error"] == 0
+        assert printed.err.splitlines()[0] == sentence + in_vain
 
 
 def test_of_the_committed_folders_the_first_is_compared_and_the_others_are_named(monkeypatch, tmp_path, capsys):

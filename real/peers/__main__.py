@@ -131,7 +131,7 @@ def compare(
                 row = {
                     "arm": arm.name,
                     "kind": arm.kind,
-                    "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    "error": _sentence(error),
                 }
                 del error
             row["repeat"] = repeat
@@ -140,6 +140,12 @@ def compare(
                 file.write(json.dumps(_finite(row)) + "\n")
             print(_line(row), flush=True)
     return rows
+
+
+def _sentence(error: Exception) -> str:
+    """Return what an arm raised as one line."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def _line(row: dict[str, Any]) -> str:

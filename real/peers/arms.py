@@ -460,7 +460,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"the package {name.partition('.')[0]} is not installed: {error}") from error
+        raise InputError(f"the package {name.partition('.')[0]} is not installed") from error
 
 
 SYSTEMS = ("lru_per_layer", "lru", "next_gate", "next_gate_lrfu", "fate", "clairvoyant")

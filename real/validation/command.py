@@ -53,6 +53,7 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     overrides that stored runs would leave without effect.
     """
     _refuse_without_effect(overrides)
+    given = list(overrides)
     overrides = resolve_winner(list(overrides), config_dir)
     config = compose_config("validate", overrides, config_dir)
     check_config({name: value for name, value in config.items() if name not in OWN})
@@ -60,7 +61,7 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
     if config["link_gb_per_s"] is not None:
         raise InputError("link_gb_per_s: a run is measured, and simulated, on the link that its machine has; leave it null")
     results = Path(config["results"]) / "validation"
-    folder = _ground_truth() if config["runs"] is None and not _has_gpu() else config["runs"]
+    folder = _ground_truth(_of_what_would_run(given)) if config["runs"] is None and not _has_gpu() else config["runs"]
     runs = _measure(config, overrides, config_dir, results) if folder is None else _stored(Path(folder), config["cells"])
     chosen = any(override.startswith("hardware") for override in overrides)
     own = None if folder is None or chosen else Path(folder) / "hardware.json"
@@ -80,10 +81,14 @@ def _refuse_without_effect(overrides: Sequence[str]) -> None:
         if given.get("cells", "cells=null") != "cells=null":
             raise InputError("cells: they belong to results of real.replay; give the folder of those too: runs=FOLDER")
         return
+    for override in _of_what_would_run(overrides):
+        raise InputError(f"{override}: with runs=FOLDER what was run is compared, and this would change nothing of it")
+
+
+def _of_what_would_run(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that say what is to be run, and nothing about what was run before."""
     without = {*groups(), *compose_config("validate", [])} - {*OWN, "results", "hardware", "link_gb_per_s"}
-    for name, override in given.items():
-        if name in without:
-            raise InputError(f"{override}: with runs=FOLDER what was run is compared, and {name} would change nothing of it")
+    return [override for override in overrides if override.lstrip("+~").partition("=")[0].partition(".")[0] in without]
 
 
 def _say(text: str) -> None:
@@ -115,8 +120,11 @@ def resolve_winner(overrides: list[str], config_dir: str | None = None) -> list[
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
-def _ground_truth() -> Path:
-    """Return the first folder of committed measurements, and say so. Raises InputError where there is none."""
+def _ground_truth(in_vain: Sequence[str]) -> Path:
+    """Return the first folder of committed measurements, and say so, and which overrides are `in_vain`.
+
+    Raises InputError where there is none.
+    """
     folders = sorted(path.parent for path in GROUND_TRUTH.glob("*/summary.json"))
     if not folders:
         raise InputError(
@@ -126,6 +134,7 @@ def _ground_truth() -> Path:
     _say(
         f"there is no GPU that torch can use: the measurements in {folders[0]} are compared"
         + (f"; or {others}" * bool(others))
+        + (f"; nothing was run, so {', '.join(in_vain)} changed nothing" * bool(in_vain))
     )
     return folders[0]
 
