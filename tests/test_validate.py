@@ -145,15 +145,27 @@ def long_trace(tmp_path):
     return path
 
 
+@pytest.fixture
+def as_if_on_gpu(monkeypatch):
+    """Call it to let the stand-in measure in place of a GPU, with another `run_cell` if one is given."""
+    measure = command._measure
+
+    def measuring(run_cell=None):
+        monkeypatch.setattr(command, "_has_gpu", lambda: True)
+        monkeypatch.setattr(command, "_measure", lambda *arguments: measure(*arguments, where="cpu"))
+        if run_cell is not None:
+            monkeypatch.setattr("real.replay.run_cell", run_cell)
+
+    return measuring
+
+
 def test_cells_run_through_the_executor_and_into_a_report(
-    long_trace, tmp_path, monkeypatch, capsys, one_thread, little_garbage
+    long_trace, tmp_path, as_if_on_gpu, capsys, one_thread, little_garbage
 ):
     """On a stand-in that times nothing: what counts is that decisions arrive and are those of the simulator."""
     pytest.importorskip("torch", reason="the executor needs torch")
     overrides = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path / 'results'}"]
-    measure = command._measure
-    monkeypatch.setattr(command, "_has_gpu", lambda: True)
-    monkeypatch.setattr(command, "_measure", lambda *arguments: measure(*arguments, where="cpu"))
+    as_if_on_gpu()
     reports, _, timeline = command.validate(overrides)
     assert [report.anchor for report in reports] == ["all resident", "all missing", "perfect prefetch", None]
     assert reports[-1].system == "lru"
@@ -172,7 +184,7 @@ def test_cells_run_through_the_executor_and_into_a_report(
 
 
 def test_a_cell_that_fails_in_a_later_pass_is_said_and_the_others_are_kept(
-    long_trace, tmp_path, monkeypatch, capsys, one_thread, little_garbage
+    long_trace, tmp_path, as_if_on_gpu, capsys, one_thread, little_garbage
 ):
     replay = pytest.importorskip("real.replay", reason="the executor needs torch", exc_type=ImportError)
     run_cell, ran = replay.run_cell, []
@@ -183,18 +195,15 @@ def test_a_cell_that_fails_in_a_later_pass_is_said_and_the_others_are_kept(
             raise InputError("no more")
         return run_cell(cell, *arguments)
 
-    measure = command._measure
-    monkeypatch.setattr(replay, "run_cell", fail_once)
-    monkeypatch.setattr(command, "_has_gpu", lambda: True)
-    monkeypatch.setattr(command, "_measure", lambda *arguments: measure(*arguments, where="cpu"))
     words = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path}"]
+    as_if_on_gpu(fail_once)
     assert main(["validate", *words]) == 2
     assert "foregate: 'all missing' failed in pass 2 of 4: no more" in capsys.readouterr().err.splitlines()
     assert ran.count("all missing") == 2
     assert [run.name for run in read_folder(tmp_path / "validation")] == ["all resident", "lru", "perfect prefetch"]
 
 
-def test_what_ran_before_an_interruption_is_kept(long_trace, tmp_path, monkeypatch, capsys, one_thread, little_garbage):
+def test_what_ran_before_an_interruption_is_kept(long_trace, tmp_path, as_if_on_gpu, capsys, one_thread, little_garbage):
     """In the second pass; two cells had failed in the first one, and of the others each has the passes that it had."""
     replay = pytest.importorskip("real.replay", reason="the executor needs torch", exc_type=ImportError)
     run_cell, ran = replay.run_cell, {}
@@ -208,11 +217,8 @@ def test_what_ran_before_an_interruption_is_kept(long_trace, tmp_path, monkeypat
             raise KeyboardInterrupt
         return ran[cell.name]
 
-    measure = command._measure
-    monkeypatch.setattr(replay, "run_cell", stop_in_the_second_pass)
-    monkeypatch.setattr(command, "_has_gpu", lambda: True)
-    monkeypatch.setattr(command, "_measure", lambda *arguments: measure(*arguments, where="cpu"))
     words = [f"trace={long_trace}", "model=trace", "system=lru", "budget=0.5", f"results={tmp_path}"]
+    as_if_on_gpu(stop_in_the_second_pass)
     assert main(["validate", *words]) == 130
     assert "foregate: interrupted" in capsys.readouterr().err
     kept = {run.name: len(run.pass_ns) for run in read_folder(tmp_path / "validation")}

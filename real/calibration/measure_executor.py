@@ -27,8 +27,8 @@ EXPERTS = 16
 """Of a layer of the decoder, unless a token needs more than half of them."""
 
 MOST_BYTES = 8 << 30
-"""Of all its experts: a deeper decoder loses layers. With four layers the caches of processor and GPU still hold what they
-no longer do with sixteen: the host decided 3 microseconds sooner, and groups of experts took 2 less (docs/validation.md)."""
+"""Of all its experts: a deeper decoder loses layers. A decoder of four was too quick for OLMoE's sixteen: the host decided 3
+microseconds sooner, and groups of experts took 2 less (docs/validation.md)."""
 
 ROUNDS = 3
 """The runs of a shape alternate so often, and of every quantity the quietest round counts: a machine is slow at times."""

@@ -76,7 +76,7 @@ def validate(overrides: Sequence[str] = (), config_dir: str | None = None) -> tu
 
 def _refuse_without_effect(overrides: Sequence[str]) -> None:
     """Raise InputError for ``cells`` without stored runs, and with them for overrides of what would run instead."""
-    given = {override.lstrip("+~").partition("=")[0].partition(".")[0]: override for override in overrides}
+    given = {_setting_of(override): override for override in overrides}
     if given.get("runs", "runs=null") == "runs=null":
         if given.get("cells", "cells=null") != "cells=null":
             raise InputError("cells: they belong to results of real.replay; give the folder of those too: runs=FOLDER")
@@ -88,7 +88,12 @@ def _refuse_without_effect(overrides: Sequence[str]) -> None:
 def _of_what_would_run(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that say what is to be run, and nothing about what was run before."""
     without = {*groups(), *compose_config("validate", [])} - {*OWN, "results", "hardware", "link_gb_per_s"}
-    return [override for override in overrides if override.lstrip("+~").partition("=")[0].partition(".")[0] in without]
+    return [override for override in overrides if _setting_of(override) in without]
+
+
+def _setting_of(override: str) -> str:
+    """Return the group or the setting that a Hydra override changes."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0]
 
 
 def _say(text: str) -> None:
